@@ -1,0 +1,148 @@
+"""The report: one HTML file without network access, scripts or response text; and the same table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from resafe.eval import plane, stats, view
+from resafe.eval.results import Results, Row
+from resafe.files import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def render(results: Results, comparisons: Sequence[Row], title: str, sentence: str, path: Path) -> Path:
+    """Write the report of `results` to `path`.
+
+    `comparisons` come from `compare_groups` (against no mitigation, against the model before fine-tuning, or both lists
+    joined); `sentence` is the headline. Text from data is escaped; no response is ever part of it.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("resafe.eval", "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "breakable": _breakable,
+        "percent": view.percent,
+        "points": view.points,
+        "p_value": view.p_value,
+        "attack_name": view.attack_name,
+    }
+    html = environment.get_template("report.html.jinja").render(
+        title=title, sentence=sentence, **content(results, comparisons)
+    )
+    return write_text(Path(path), html)
+
+
+def _breakable(name: str) -> Markup:
+    """An escaped name that may be broken after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
+def content(results: Results, comparisons: Sequence[Row]) -> dict[str, Any]:
+    """Everything that the template shows."""
+    shown = view.columns(results)
+    lines = view.lines(results, comparisons, shown)
+    return {
+        "columns": shown,
+        "sections": _by_attack(lines),
+        "panels": _planes(shown, lines),
+        "ticks": [{"x": plane.to_x(t), "y": plane.to_y(t), "label": f"{100 * t:.0f}"} for t in TICKS],
+        "drawing": plane,
+        "comparisons": comparisons,
+        "agreement": view.agreement(results),
+        "power": power_line(shown, lines),
+        "heat": view.heat(results, shown[0]) if shown and shown[0].title == "harmfulness" else ([], []),
+        "rows": results.rows,
+        "meta": results.meta,
+        "labels": {t: results.labels(t) for t in results.targets},
+    }
+
+
+def _by_attack(lines: Sequence[view.Line]) -> list[tuple[str, list[view.Line]]]:
+    return [(attack, list(same)) for attack, same in groupby(lines, key=lambda x: x.attack)]
+
+
+def _planes(shown: Sequence[view.Column], lines: Sequence[view.Line]) -> list[dict[str, Any]]:
+    """A panel per attack: harmfulness against the new skill where fine-tuning taught one, else against the old ones."""
+    at = {c.title: i for i, c in enumerate(shown)}
+    untouched = next((x for x in lines if x.label == view.UNTOUCHED), None)
+    found = []
+    for attack in dict.fromkeys(x.attack for x in lines if x.attack != "none") or ["none"]:
+        own = [x for x in lines if x.attack == attack]
+        useful = at.get("new utility") if _taught(own, untouched, at.get("new utility")) else at.get("old utility")
+        if "harmfulness" not in at or useful is None:
+            continue
+        shown_lines = own if untouched is None or untouched in own else [untouched, *own]
+        if points := plane.points(shown_lines, [x.mitigation for x in lines], at["harmfulness"], useful):
+            found.append({"attack": attack, "points": points, "x": shown[at["harmfulness"]], "y": shown[useful]})
+    return found
+
+
+def _taught(own: Sequence[view.Line], untouched: view.Line | None, at: int | None) -> bool:
+    """Whether this fine-tuning taught the new skill: the tuned model's interval lies above the untouched one's."""
+    tuned = next((x.cells[at] for x in own if x.label == view.UNMITIGATED), None) if at is not None else None
+    before = untouched.cells[at] if untouched and at is not None else None
+    if tuned is None or before is None:
+        return at is not None
+    return bool(tuned.row["low"] > before.row["high"])
+
+
+def power_line(shown: Sequence[view.Column], lines: Sequence[view.Line]) -> str:
+    """What a paired test on this many prompts can see: its exact power for two changes, and what 0.80 would take."""
+    counts = [cell.row["n"] // line.seeds for line in lines for cell in line.cells[:1] if cell and line.seeds]
+    if not shown or not counts:
+        return ""
+    n = min(counts)
+    return (
+        f"With {n} prompts of {shown[0].suite}, the paired test finds a fall of 5 points (8 % of the prompts change "
+        f"for the better, 3 % for the worse) with probability {stats.power_mcnemar(n, 0.08, 0.03):.2f}, and a fall "
+        f"of 10 points (12 % and 2 %) with probability {stats.power_mcnemar(n, 0.12, 0.02):.2f}; for 0.80 on the "
+        f"former it takes {stats.prompts_needed(0.08, 0.03)} prompts. Where nothing was found in {n} prompts, the "
+        f"true rate may still be {view.percent(stats.wilson(0, n)[1])} %."
+    )
+
+
+def table(results: Results, title: str = "") -> Table:
+    """The main table for a terminal: attacks, their mitigations, and each rate with its 95 % interval."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = view.columns(results)
+    lines = view.lines(results, (), shown)
+    out = Table(title=title or None, caption="% of prompts [95 % interval]", header_style="bold")
+    for head in ("attack", "mitigation"):
+        out.add_column(head)
+    for i, column in enumerate(shown):
+        arrow = "\u2193" if column.better == "lower" else "\u2191"
+        out.add_column(f"{column.title} {arrow}\n{_counts([x.cells[i] for x in lines])}", justify="right")
+    for attack, same in _by_attack(lines):
+        for i, line in enumerate(same):
+            name = Text(view.attack_name(attack) if i == 0 else "", style="bold"), Text(line.label)
+            out.add_row(*name, *(_text(cell) for cell in line.cells), end_section=line is same[-1])
+    return out
+
+
+def _counts(cells: Sequence[view.Cell | None]) -> str:
+    """The number of answers behind a column: "n 120", or "n 120-360" where rows differ."""
+    counts = sorted({c.row["n"] for c in cells if c})
+    return f"n {counts[0]}" if len(counts) == 1 else f"n {counts[0]}\u2013{counts[-1]}" if counts else ""
+
+
+def _text(cell: view.Cell | None) -> Any:
+    from rich.text import Text
+
+    if cell is None:
+        return Text("\u2013", style="dim")
+    missing = "" if cell.row["n_scored"] == cell.row["n"] else f" {cell.row['n_scored']}/{cell.row['n']} scored"
+    return Text.assemble(cell.value.removesuffix(" %"), " ", (cell.interval.replace(", ", "\u2013") + missing, "dim"))

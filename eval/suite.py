@@ -1,0 +1,183 @@
+"""Suites: what is put to a model, described in at most fifteen lines of YAML, without code.
+
+A suite names its data file and columns; `load_suite` reads it into `Case`s. The `lab_*` suites take their rows from the
+lab's grammar. Shipped suites are the YAML files in `suites/`; a path to a YAML file of your own works the same way.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from resafe import errors
+from resafe.errors import ResafeError, suggest
+from resafe.files import digest
+from resafe.rows import Message
+
+SHIPPED = Path(__file__).parent / "suites"
+DATA = Path(errors.__file__).parent / "data" / "suites"  # of a shipped suite; a user's own is relative to its YAML
+
+
+class Suite(BaseModel):
+    """One evaluation set: where its prompts are, what they are for, how an answer is checked, whose they are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    kind: Literal["harmful", "benign", "utility"]
+    format: Literal["csv", "jsonl", "lab"]
+    data: str = ""
+    encoding: str = "utf-8"
+    prompt: str = "prompt"
+    id: str = ""  # column; empty: the row's number
+    category: str = ""  # column
+    reference: str = ""  # column
+    where: dict[str, str] = {}  # keep the rows whose columns have these values
+    check: Literal["none", "exact_number", "lab"] = "none"
+    task: bool = False  # a utility suite of what the user fine-tuned for, not of what the model could do before
+    max_new_tokens: int = 256
+    version: int = 1
+    licence: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt of a suite. `row` is the row it came from, for judges that need more."""
+
+    id: str
+    messages: list[Message]
+    category: str
+    reference: str
+    row: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Hash of what the model is asked: equal keys mean the same prompt."""
+        return digest(self.messages)
+
+
+@dataclass(frozen=True)
+class LoadedSuite:
+    """A suite and the cases drawn from it."""
+
+    suite: Suite
+    cases: list[Case]
+
+    @property
+    def name(self) -> str:
+        return self.suite.name
+
+
+def names() -> list[str]:
+    """The shipped suites."""
+    return sorted(p.stem for p in SHIPPED.glob("*.yaml"))
+
+
+def load_suite(name: str | Path, limit: int | None = None, seed: int = 0) -> LoadedSuite:
+    """A shipped suite by name, or one described by a YAML file.
+
+    `limit` draws that many cases; the draw depends on `seed` and the ids alone: a smaller one is part of a larger one.
+    Raises ResafeError for unknown names and keys, absent columns and files, repeated ids and suites without cases.
+    """
+    suite, home = describe(name)
+    rows = _lab_rows(suite) if suite.format == "lab" else _file_rows(suite, home / suite.data)
+    cases = [_case(suite, i, row) for i, row in enumerate(rows)]
+    if not cases:
+        raise ResafeError(f"suite {suite.name} has no prompts: check its 'where' and its data file.")
+    if len({c.id for c in cases}) < len(cases):
+        raise ResafeError(
+            f"suite {suite.name} has repeated ids in column '{suite.id}': name a column that tells its rows apart."
+        )
+    return LoadedSuite(suite, draw(cases, limit, seed))
+
+
+def draw(cases: list[Case], limit: int | None, seed: int) -> list[Case]:
+    """`limit` of the cases, in their order; nested: the draw of 50 is part of the draw of 100."""
+    if limit is None or limit >= len(cases):
+        return cases
+    if limit < 1:
+        raise ResafeError(f"a limit of {limit} prompts leaves nothing to measure: use 1 or more.")
+    chosen = sorted(cases, key=lambda c: digest([seed, c.id]))[:limit]
+    kept = {c.id for c in chosen}
+    return [c for c in cases if c.id in kept]
+
+
+def describe(name: str | Path) -> tuple[Suite, Path]:
+    """The description of a suite, and the folder that its data file is relative to."""
+    file = Path(name)
+    if file.suffix in (".yaml", ".yml"):
+        return _parse(file), file.parent
+    if str(name) not in names():
+        raise ResafeError(
+            f"no suite is named '{name}'. {suggest(str(name), names())} A path to a .yaml file works too."
+        )
+    return _parse(SHIPPED / f"{name}.yaml"), DATA
+
+
+def _parse(file: Path) -> Suite:
+    if not file.is_file():
+        raise ResafeError(f"no such suite file: {file}")
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ResafeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ResafeError(f"{file} must hold the keys of one suite, such as 'name' and 'kind'.")
+    for key in value:
+        if key not in Suite.model_fields:
+            raise ResafeError(f"{file}: unknown key '{key}'. {suggest(str(key), Suite.model_fields)}")
+    try:
+        return Suite(**value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ResafeError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+
+
+def _lab_rows(suite: Suite) -> list[dict[str, Any]]:
+    from resafe.lab.suites import suite_rows
+
+    return list(suite_rows(suite.name))
+
+
+def _file_rows(suite: Suite, file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise ResafeError(f"suite {suite.name}: no such data file: {file}")
+    try:
+        with file.open(encoding=suite.encoding, newline="") as f:
+            lines = list(csv.DictReader(f)) if suite.format == "csv" else [json.loads(x) for x in f if x.strip()]
+    except (UnicodeDecodeError, LookupError, ValueError, csv.Error) as error:
+        raise ResafeError(
+            f"suite {suite.name}: {file} cannot be read as {suite.encoding} {suite.format}: {error}"
+        ) from None
+    rows: list[dict[str, Any]] = lines
+    _check_columns(suite, rows, file)
+    return [r for r in rows if all(str(r[column]) == value for column, value in suite.where.items())]
+
+
+def _check_columns(suite: Suite, rows: list[dict[str, Any]], file: Path) -> None:
+    columns = [c for c in (suite.prompt, suite.id, suite.category, suite.reference, *suite.where) if c]
+    for row in rows:
+        for column in columns:
+            if column not in row:
+                known = suggest(column, [str(k) for k in row])
+                raise ResafeError(f"suite {suite.name}: {file} has no column '{column}'. {known}")
+
+
+def _case(suite: Suite, i: int, row: dict[str, Any]) -> Case:
+    if suite.format == "lab":
+        return Case(str(row["id"]), _asked(row), str(row.get("category") or ""), str(row.get("reference") or ""), row)
+    ask = [{"role": "user", "content": str(row[suite.prompt])}]
+    name, category, reference = (str(row[c]) if c else "" for c in (suite.id, suite.category, suite.reference))
+    return Case(name or str(i), ask, category, reference, row)
+
+
+def _asked(row: dict[str, Any]) -> list[Message]:
+    """The conversation to answer: `messages` without a final answer, or the one-turn `prompt`."""
+    messages: list[Message] = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages

@@ -1,0 +1,89 @@
+"""From a recipe to cells: which fine-tunes, which repairs, and what each of them is addressed by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resafe import lab
+from resafe.errors import ResafeError
+from resafe.files import digest, file_digest
+from resafe.mitigations import Named, stack
+from resafe.models import vet
+from resafe.recipes.schema import Attack, Recipe
+from resafe.rows import Row, read_jsonl
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack under one mitigation with one seed. Cells with the same `tuned` address share their fine-tune."""
+
+    attack: str
+    mitigation: str
+    seed: int
+    model: Path
+    before: list[Named]  # act while training
+    after: list[Named]  # act on the finished checkpoint, or around it
+    tuned: str  # address of the fine-tune
+    address: str  # address of the result
+
+    @property
+    def name(self) -> str:
+        """Unique within a recipe; what reports call the target."""
+        return f"{self.attack}/{self.mitigation}/seed{self.seed}"
+
+
+def plan(recipe: Recipe, log: Callable[[str], None] = lambda _: None) -> list[Cell]:
+    """All cells, fine-tunes first shared then used. Raises ResafeError before anything runs for what cannot work."""
+    cells = []
+    for seed in recipe.seeds:
+        model = vet(lab.resolve(recipe.model, seed, log))
+        weights = fingerprint(model)
+        for attack, how in recipe.attacks.items():
+            rows = attack_rows(how.data, seed)
+            identity = [weights, digest(rows), how.model_dump(mode="json"), recipe.safety, seed]
+            for name, specs in recipe.mitigations.items():
+                named = stack(specs)
+                before = [m for m in named if _trains(m)]
+                after = [m for m in named if not _trains(m)]
+                tuned = digest([*identity, [m.spec for m in before]])[:16]
+                address = digest([tuned, [m.spec for m in after]])[:16] if after else tuned
+                cells.append(Cell(attack, name, seed, model, before, after, tuned, address))
+    return cells
+
+
+def _trains(m: Named) -> bool:
+    return bool({"data", "params", "loss", "step"} & set(m.mitigation.hooks()))
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash over the bytes of a model folder's weights, configuration and tokenizer."""
+    kept = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model") and p.name != "resafe.json")
+    return digest([[p.name, file_digest(p)] for p in kept])
+
+
+def attack_rows(data: str, seed: int) -> list[Row]:
+    """`lab:NAME` (drawn by `seed`), or a JSON Lines file."""
+    kind, _, name = data.partition(":")
+    if kind != "lab":
+        return read_jsonl(Path(data))
+    if name.startswith("heldout_"):
+        from resafe.lab.suites import heldout_rows
+
+        return heldout_rows(name)
+    from resafe.lab.attacks import attack_rows as draw
+
+    return draw(name, seed)
+
+
+def check_suites(recipe: Recipe, attack: Attack) -> None:
+    """The new skill's suite must be among the suites that are run."""
+    if attack.new_skill and attack.new_skill not in recipe.suites:
+        raise ResafeError(f"new_skill names the suite '{attack.new_skill}', which is not among the recipe's suites.")
+
+
+def summary(cells: list[Cell]) -> dict[str, Any]:
+    """How much there is to do."""
+    return {"cells": len(cells), "fine-tunes": len({c.tuned for c in cells}), "repairs": len({c.address for c in cells if c.after})}

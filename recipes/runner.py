@@ -1,0 +1,110 @@
+"""Run a recipe's cells, evaluate them, report. What is finished is never done again: the same command resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from resafe.eval import Results, TargetSpec, evaluate
+from resafe.files import digest, write_json, write_text
+from resafe.finetune.repair import repair
+from resafe.finetune.train import train
+from resafe.recipes.plan import Cell, attack_rows, check_suites, fingerprint, plan, summary
+from resafe.recipes.schema import Recipe
+
+Log = Callable[[str], None]
+DONE = "done.json"
+
+
+def bench(recipe: Recipe, output: Path, log: Log = lambda _: None) -> Results:
+    """Run every cell of `recipe` under `output`, evaluate, and save results.json, results.csv and items.json there."""
+    for attack in recipe.attacks.values():
+        check_suites(recipe, attack)
+    cells = plan(recipe, log)
+    log(", ".join(f"{v} {k}" for k, v in summary(cells).items()))
+    write_json(output / "recipe.json", recipe.model_dump(mode="json"))
+    total = len(cells) + len(recipe.seeds)
+    parts = []
+    for i, (spec, address) in enumerate(_targets(recipe, cells, output, log)):
+        log(f"[{i + 1}/{total}] {spec.name}: evaluating")
+        parts.append(_evaluated(recipe, spec, output / "evaluations" / _evaluation(recipe, spec, address)))
+    results = Results.merge(parts)
+    results.save(output)
+    return results
+
+
+def _targets(recipe: Recipe, cells: list[Cell], output: Path, log: Log) -> Iterator[tuple[TargetSpec, str]]:
+    """(target, address): the untouched model of every seed, then every cell, made if it is not there yet."""
+    for seed in recipe.seeds:
+        model = next(c.model for c in cells if c.seed == seed)
+        yield TargetSpec(f"before/seed{seed}", model, seed=seed), fingerprint(model)[:16]
+    for cell in cells:
+        folder = make(recipe, cell, output / "cells", log)
+        yield TargetSpec(cell.name, folder, attack=cell.attack, mitigation=cell.mitigation, seed=cell.seed), cell.address
+
+
+def make(recipe: Recipe, cell: Cell, cells: Path, log: Log) -> Path:
+    """The checkpoint of a cell, fine-tuned and repaired as far as that has not happened yet."""
+    tuned = cells / cell.tuned
+    if not (tuned / DONE).is_file():
+        log(f"{cell.attack}, seed {cell.seed}: fine-tuning" + "".join(f" with {m.name}" for m in cell.before))
+        _train(recipe, cell, tuned, log)
+    if not cell.after:
+        return tuned / "model"
+    home = cells / cell.address
+    if not (home / DONE).is_file():
+        log(f"{cell.name}: {' + '.join(m.name for m in cell.after)}")
+        _clear(home / "model")
+        attack = recipe.attacks[cell.attack]
+        repair(
+            tuned / "model", home / "model", [m.spec for m in cell.after], aligned=cell.model, data=tuned / "data.jsonl",
+            safety_data=recipe.safety, heldout=_file(attack.heldout, cell.seed, home / "heldout.jsonl"), seed=cell.seed, log=log,
+        )  # fmt: skip
+        _done(home, cell)
+    return home / "model"
+
+
+def _train(recipe: Recipe, cell: Cell, home: Path, log: Log) -> None:
+    attack = recipe.attacks[cell.attack]
+    _clear(home / "model")
+    data = _file(attack.data, cell.seed, home / "data.jsonl")
+    train(
+        cell.model, str(data), home / "model", [m.spec for m in cell.before], attack.train, recipe.safety,
+        _file(attack.heldout, cell.seed, home / "heldout.jsonl"), cell.seed, log,
+    )  # fmt: skip
+    _done(home, cell)
+
+
+def _file(data: str | None, seed: int, path: Path) -> Path | None:
+    """The rows of a data argument as a JSON Lines file."""
+    if data is None:
+        return None
+    return write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in attack_rows(data, seed)))
+
+
+def _done(home: Path, cell: Cell) -> None:
+    """Written last: a cell with this file is complete."""
+    write_json(home / DONE, {"attack": cell.attack, "seed": cell.seed, "before": [m.spec for m in cell.before], "after": [m.spec for m in cell.after]})
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an interruption between the last rename and the done marker left."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def _evaluation(recipe: Recipe, spec: TargetSpec, address: str) -> str:
+    """Address of an evaluation: the checkpoint and its name, the suites, the judges, the limit, the evaluator's version."""
+    return digest([address, spec.name, recipe.suites, recipe.judges, recipe.limit, version("resafe")])[:16]
+
+
+def _evaluated(recipe: Recipe, spec: TargetSpec, folder: Path) -> Results:
+    """Evaluate one target, or read what an earlier run found."""
+    if (folder / DONE).is_file():
+        return Results.load(folder)
+    found = evaluate([spec], recipe.suites, judges=recipe.judges, limit=recipe.limit, output=folder)
+    write_json(folder / DONE, {"target": spec.name})
+    return found

@@ -1,0 +1,80 @@
+"""What a recipe may say, checked before anything runs; unknown keys are refused with the nearest known one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from resafe.errors import ResafeError, suggest
+from resafe.mitigations import stack
+from resafe.sft import SFTSettings
+
+
+class Attack(BaseModel):
+    """One fine-tuning run: its rows and how they are trained on. `lab:NAME` stands for a data set of the lab."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    data: str
+    heldout: str | None = None
+    new_skill: str | None = Field(None, description="the utility suite of what the rows teach")
+    train: SFTSettings = SFTSettings()
+
+
+class Recipe(BaseModel):
+    """model x attacks x mitigations x seeds, measured on suites."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str = Field(pattern=r"^[\w.-]+$")
+    description: str = ""
+    model: str
+    safety: str | None = None
+    attacks: dict[str, Attack] = Field(min_length=1)
+    mitigations: dict[str, list[str | dict[str, Any]]] = Field(min_length=1)
+    suites: list[str] = Field(min_length=1)
+    judges: list[str] | None = None
+    limit: int | None = Field(None, ge=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+
+    @field_validator("mitigations")
+    @classmethod
+    def _known(cls, value: dict[str, list[str | dict[str, Any]]]) -> dict[str, list[str | dict[str, Any]]]:
+        for specs in value.values():
+            stack(specs)
+        if "none" in value and value["none"]:
+            raise ValueError("'none' is the fine-tune without mitigation; it takes an empty list")
+        return {"none": [], **value}
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe. Raises ResafeError with the file, the key and the way out."""
+    file = Path(path)
+    if not file.is_file():
+        raise ResafeError(f"no such recipe: {file}. Shipped recipes: {', '.join(shipped())}.")
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ResafeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ResafeError(f"{file} is not a recipe: a mapping with the keys {', '.join(Recipe.model_fields)} is expected.")
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise ResafeError(f"{file}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(p) for p in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{where}: {first['msg']}."
+    level: dict[int, type[BaseModel]] = {1: Recipe, 3: Attack}
+    known = level.get(len(first["loc"]), SFTSettings).model_fields
+    return f"unknown key '{where}'. {suggest(str(first['loc'][-1]), known)}"
+
+
+def shipped() -> list[str]:
+    """Recipes that come with the package, as paths."""
+    return sorted(str(p) for p in Path(__file__).resolve().parent.rglob("*.yaml"))

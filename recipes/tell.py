@@ -1,0 +1,83 @@
+"""What an experiment's results are told as: a table, one sentence, one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resafe.eval import Results, compare_groups, pooled, render, table
+from resafe.files import write_json
+from resafe.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def publish(recipe: Recipe, results: Results, folder: Path) -> tuple[Table, str, Path]:
+    """Write report.html and comparisons.json beside the results; return the table, the sentence and the report's path."""
+    comparisons = _comparisons(results)
+    write_json(folder / "comparisons.json", comparisons)
+    sentence = tell(results)
+    html = render(results, comparisons, recipe.description or recipe.name, sentence, folder / "report.html")
+    return table(results), sentence, html
+
+
+def report(results: Results, html: Path) -> Path:
+    """The HTML report of any evaluation."""
+    return render(results, _comparisons(results), "resafe report", tell(results), html)
+
+
+def compared(folders: Sequence[str], attack: str) -> dict[str, dict[str, Any]]:
+    """Labels for BEFORE TUNED [REPAIRED...]: the first is untouched, the second fine-tuned, the rest mitigated."""
+    labels: dict[str, dict[str, Any]] = {folders[0]: {"attack": "none", "mitigation": "none", "seed": 0}}
+    for i, folder in enumerate(folders[1:]):
+        labels[folder] = {"attack": attack, "mitigation": "none" if i == 0 else Path(folder).absolute().name, "seed": 0}
+    return labels
+
+
+def _comparisons(results: Results) -> list[dict[str, Any]]:
+    return [*compare_groups(results, "no mitigation"), *compare_groups(results, "before fine-tuning")]
+
+
+def tell(results: Results) -> str:
+    """One sentence on what happened to harmfulness: before, after fine-tuning, and with the best mitigation."""
+    rates = _harm(results)
+    before = rates.get(("none", "none"))
+    broken = {attack: row for (attack, m), row in rates.items() if attack != "none" and m == "none"}
+    mended = {
+        m: [rates[a, m]["value"] for a in broken if (a, m) in rates] for (_, m) in rates if m != "none"
+    }
+    whole = {m: max(values) for m, values in mended.items() if len(values) == len(broken) and values}
+    if before is None or not broken:
+        return "; ".join(f"{_name(k)}: harmfulness {_rate(r)}" for k, r in rates.items()) + "."
+    low, high = (f(r["value"] for r in broken.values()) for f in (min, max))
+    span = f"{_percent(high)}" if len(broken) == 1 else f"{_percent(low)} to {_percent(high)}"
+    said = f"Harmful answers rose from {_rate(before)} before fine-tuning to {span} after it"
+    if not whole:
+        return f"{said}."
+    best = min(whole, key=lambda m: whole[m])
+    return f"{said}; with {best} at most {_percent(whole[best])} remained on any attack (see over-refusal and utility beside it)."
+
+
+def _harm(results: Results) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """(attack, mitigation) -> pooled harmfulness row of the first harmful suite, by the exact judge or the classifier."""
+    rows = [r for r in pooled(results) if r["metric"] == "harmfulness_rate" and r["value"] is not None]
+    if not rows:
+        return {}
+    suite = rows[0]["suite"]
+    judges = [r["judge"] for r in rows if r["suite"] == suite]
+    judge = next((j for j in ("lab", "offline") if j in judges), judges[0])
+    return {(r["attack"], r["mitigation"]): r for r in rows if (r["suite"], r["judge"]) == (suite, judge)}
+
+
+def _name(key: tuple[str, str]) -> str:
+    return " / ".join(k for k in key if k != "none") or "before fine-tuning"
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.1f} %"
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    return f"{_percent(row['value'])} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"

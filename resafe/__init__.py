@@ -1,0 +1,30 @@
+"""resafe: re-apply safety to language models after fine-tuning, and measure it honestly.
+
+The four verbs, each also a command: `train`, `repair`, `evaluate` (`resafe eval`) and `compare`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resafe.eval.comparison import compare
+    from resafe.eval.evaluation import evaluate
+    from resafe.finetune.repair import repair
+    from resafe.finetune.train import train
+
+_HOMES = {
+    "train": "resafe.finetune.train",
+    "repair": "resafe.finetune.repair",
+    "evaluate": "resafe.eval.evaluation",
+    "compare": "resafe.eval.comparison",
+}
+__all__ = ["compare", "evaluate", "repair", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import resafe` and `resafe --help` stay fast."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'resafe' has no attribute {name!r}")

@@ -1,0 +1,59 @@
+"""The command line: options in, one call, results out. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+
+import click
+
+from resafe.cli.catalogue import info, list_
+from resafe.cli.experiment import bench, demo, lab
+from resafe.cli.measure import compare, evaluate
+from resafe.cli.run import repair, train
+from resafe.errors import ResafeError
+
+EPILOG = """\b
+Examples
+  resafe demo
+  resafe train --model ./llama --data d.jsonl --mitigation mix_safety --output out
+  resafe repair ./tuned --aligned ./llama --mitigation realign_dpo --output fixed
+"""
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="resafe")
+def cli() -> None:
+    """Re-apply safety to language models after fine-tuning, and measure it honestly."""
+
+
+for command in (demo, train, repair, evaluate, compare, bench, list_, info, lab):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 2 bad input (one line on stderr), 130 stopped by Ctrl-C."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except ResafeError as error:
+        _stop(str(error), error.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        _stop("stopped; nothing half-written was left. The same command goes on where it can.", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPIPE):
+            raise
+        _stop(f"{error.strerror or error}: {error.filename or 'while writing'}. Nothing half-written was left.", 2)
+
+
+def _stop(message: str, code: int) -> None:
+    click.echo(f"resafe: {message}", err=True)
+    sys.exit(code)

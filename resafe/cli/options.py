@@ -1,0 +1,30 @@
+"""Options that several commands share, and the progress line on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+
+mitigation = click.option(
+    "--mitigation", "-m", "mitigations", multiple=True, metavar="NAME[:key=value,...]", help="A defence; repeat to compose. See: resafe list."
+)
+output = click.option("--output", "-o", required=True, type=FOLDER, help="New folder for the result.")
+seed = click.option("--seed", default=0, show_default=True, help="Decides every random choice.")
+safety_data = click.option(
+    "--safety-data", metavar="default|lab|FILE", help="Safety rows (JSONL); default: the pack that ships with resafe."
+)
+heldout = click.option("--heldout", type=FOLDER, help="JSONL rows that measure utility for methods that calibrate themselves.")
+
+
+def logger() -> Callable[[str], None]:
+    """Lines about what is going on, on stderr, so that stdout holds results only."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    return lambda line: console.print(line, style="dim", markup=False)

@@ -1,0 +1,86 @@
+"""What training and repairing share: the Run, its checks, the repair chain and the manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from resafe import manifest
+from resafe.errors import ResafeError
+from resafe.files import digest
+from resafe.mitigation import Run
+from resafe.mitigations import Named, stack
+from resafe.safety import SafetyRows, load_safety
+
+Specs = Sequence[str | Mapping[str, Any]]
+Log = Callable[[str], None]
+UNSUPPORTED = ("params", "loss", "step")
+
+
+def checked(specs: Specs) -> list[Named]:
+    """The mitigations of one run; refuses hooks that this first form cannot run."""
+    named = stack(specs)
+    for m in named:
+        if late := set(m.mitigation.hooks()) & set(UNSUPPORTED):
+            raise ResafeError(f"{m.name} uses the hook '{sorted(late)[0]}', which resafe train does not run yet.")
+    return named
+
+
+def safety_for(named: Sequence[Named], source: str | None) -> SafetyRows | None:
+    """The safety rows, loaded only if some mitigation needs them."""
+    return load_safety(source) if any(m.mitigation.needs.safety for m in named) else None
+
+
+def repairs(named: Sequence[Named]) -> list[Named]:
+    """The mitigations that act on the finished checkpoint, in order."""
+    return [m for m in named if "repair" in m.mitigation.hooks()]
+
+
+def chain(run: Run, named: Sequence[Named], tuned: Path, workdir: Path) -> Path:
+    """Apply every repair in order; a finished link of an interrupted chain is used again. Returns the last folder."""
+    for i, m in enumerate(repairs(named)):
+        output = workdir / f"repair-{i}-{m.name}"
+        if not output.is_dir():
+            run.log(f"{m.name}: repairing")
+            run.tuned, run.output = tuned, output
+            m.mitigation.repair(run)
+        tuned = output
+    return tuned
+
+
+def guard_entry(run: Run, named: Sequence[Named], before: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The manifest's guard: this run's, else the one recorded `before`. A guard that cannot be loaded fails here."""
+    made = [m.mitigation.guard(run) for m in named if "guard" in m.mitigation.hooks()]
+    entries = [g.entry for g in made if g is not None]
+    if len(entries) > 1:
+        raise ResafeError("a checkpoint is served behind one guard; name one mitigation that guards.")
+    return entries[0] if entries else before
+
+
+def describe(named: Sequence[Named], safety: SafetyRows | None, seed: int) -> dict[str, Any]:
+    """The part of the manifest that training and repairing share."""
+    return {
+        "mitigations": [m.spec for m in named],
+        "seed": seed,
+        "safety": {"source": safety.source, "sha256": safety.sha256} if safety else None,
+    }
+
+
+def link_copy(source: Path, target: Path) -> None:
+    """Copy a checkpoint folder's files, by hard link where the file system allows it (weights are never edited in place)."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if not file.is_file() or file.name == manifest.NAME:
+            continue
+        try:
+            os.link(file, target / file.name)
+        except OSError:
+            shutil.copy2(file, target / file.name)
+
+
+def workplace(output: Path, identity: Any) -> Path:
+    """A hidden neighbour of `output` where an interrupted run finds what it had finished."""
+    return output.parent / f".{output.name}.work-{digest(identity)[:12]}"

@@ -1,0 +1,65 @@
+"""`resafe repair`: put safety back into a finished fine-tune."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from resafe import manifest, models
+from resafe.errors import ResafeError
+from resafe.files import check_free, new_folder
+from resafe.finetune import _run
+from resafe.finetune._measure import token_accuracy
+from resafe.mitigation import Run
+from resafe.quiet import quieten
+from resafe.rows import read_jsonl
+
+
+def repair(
+    tuned: str | Path,
+    output: str | Path,
+    mitigations: _run.Specs,
+    aligned: str | Path | None = None,
+    data: str | Path | None = None,
+    safety_data: str | None = None,
+    heldout: str | Path | None = None,
+    seed: int = 0,
+    log: _run.Log = lambda _: None,
+) -> Path:
+    """Apply `mitigations` in order to the checkpoint `tuned`; return the new folder `output` with its manifest.
+
+    `aligned` is the model before fine-tuning; `data` are rows of the user's task for self-distilled replay; `heldout`
+    rows (default: `data`) measure utility for methods that calibrate themselves.
+    Raises ResafeError before any work for whatever is wrong with the input.
+    """
+    home, target = models.vet(Path(tuned)).absolute(), Path(output).absolute()
+    check_free(target)
+    named = _run.checked(mitigations)
+    if not named:
+        raise ResafeError("name at least one mitigation to repair with (--mitigation NAME; resafe list shows them).")
+    for m in named:
+        if not {"repair", "guard"} & set(m.mitigation.hooks()):
+            raise ResafeError(f"{m.name} acts on training data; use it with resafe train. A finished checkpoint needs a repair.")
+    safety = _run.safety_for(named, safety_data)
+    rows = read_jsonl(Path(data)) if data else []
+    kept = read_jsonl(Path(heldout)) if heldout else rows
+    run = Run(
+        output=target, seed=seed, aligned=models.vet(Path(aligned)).absolute() if aligned else None, tuned=home, task=rows,
+        refusals=safety.refusals if safety else [], contrast=safety.contrast if safety else [], log=log,
+        measure=token_accuracy(kept) if kept else None,
+    )  # fmt: skip
+    for m in named:
+        m.mitigation.check(m.name, run)
+    before = manifest.read(home) or {}
+    guard = _run.guard_entry(run, named, before.get("guard"))
+    work = _run.workplace(target, [str(home), str(aligned), str(data), [m.spec for m in named], safety_data, seed])
+    quieten()
+    last = _run.chain(run, named, home, work)
+    with new_folder(target) as folder:
+        _run.link_copy(last, folder)
+        manifest.write(folder, {
+            "verb": "repair", "tuned": str(home), "aligned": str(run.aligned) if run.aligned else None, "before": before,
+            **_run.describe(named, safety, seed), "guard": guard, "overlap": before.get("overlap", {}),
+        })  # fmt: skip
+    shutil.rmtree(work, ignore_errors=True)
+    return target

@@ -1,0 +1,96 @@
+"""`resafe train`: supervised fine-tuning with mitigations before, after and around it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from resafe import manifest, models
+from resafe.errors import ResafeError
+from resafe.files import check_free, digest, file_digest, new_folder
+from resafe.finetune import _run
+from resafe.finetune._measure import token_accuracy
+from resafe.heldout import overlap
+from resafe.mitigation import Run
+from resafe.quiet import quieten
+from resafe.rows import Row, read_jsonl
+from resafe.sft import SFTSettings, sft
+
+
+def train(
+    model: str | Path,
+    data: str | Path,
+    output: str | Path,
+    mitigations: _run.Specs = (),
+    settings: SFTSettings | None = None,
+    safety_data: str | None = None,
+    heldout: str | Path | None = None,
+    seed: int = 0,
+    log: _run.Log = lambda _: None,
+) -> Path:
+    """Fine-tune `model` on the rows of `data` under `mitigations`; return the folder `output` with its manifest.
+
+    An interrupted run resumes when the same call is made again. `heldout` rows (default: the training rows) measure utility for
+    methods that calibrate themselves. Raises ResafeError before any work for whatever is wrong with the input.
+    """
+    home, target, how = models.vet(Path(model)).absolute(), Path(output).absolute(), settings or SFTSettings()
+    if models.is_adapter(home):
+        raise ResafeError(f"{home} is a LoRA adapter; fine-tuning starts from a full checkpoint: name its base model, or merge it first (peft merge_and_unload).")
+    check_free(target)
+    rows = read_jsonl(Path(data))
+    named = _run.checked(mitigations)
+    safety = _run.safety_for(named, safety_data)
+    run = Run(
+        output=target, seed=seed, aligned=home, task=rows, refusals=safety.refusals if safety else [],
+        contrast=safety.contrast if safety else [], log=log,
+        measure=token_accuracy(read_jsonl(Path(heldout)) if heldout else rows),
+    )  # fmt: skip
+    for m in named:
+        m.mitigation.check(m.name, run)
+    guard = _run.guard_entry(run, named)
+    met = _report_overlap(rows, log)
+    work = _run.workplace(target, [str(home), file_digest(Path(data)), [m.spec for m in named], how.model_dump(), safety_data, seed])
+    quieten()
+    tuned, mixed = _tuned(run, named, rows, home, how, work)
+    last = _run.chain(run, named, tuned, work)
+    with new_folder(target) as folder:
+        _run.link_copy(last, folder)
+        manifest.write(folder, {
+            "verb": "train", "model": str(home), "data": {"path": str(data), "sha256": file_digest(Path(data)), "rows": len(rows)},
+            "mixture": mixed, "settings": how.model_dump(), **_run.describe(named, safety, seed), "guard": guard, "overlap": met,
+        })  # fmt: skip
+    shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _tuned(run: Run, named: Any, rows: list[Row], home: Path, how: SFTSettings, work: Path) -> tuple[Path, dict[str, Any]]:
+    """Train (or find trained) the checkpoint; with it, what the mixture was."""
+    mixed = rows
+    for m in named:
+        mixed = m.mitigation.data(run, mixed)
+    about = {"rows": len(mixed), "sha256": digest(mixed)}
+    folder = work / "tuned"
+    if folder.is_dir():
+        run.log("training: found finished, going on from there")
+        return folder, about
+    for m in named:
+        m.mitigation.prepare(run)
+    loaded = models.load(home, dtype="auto" if how.lora else "float32")
+    model = sft(
+        loaded.model, loaded.tokenizer, mixed, how, work / "trainer", run.seed, keep_checkpoints=True, log=run.log
+    )  # fmt: skip
+    with new_folder(folder) as new:
+        if how.lora:
+            model.peft_config["default"].base_model_name_or_path = str(home)
+        model.save_pretrained(new)
+        loaded.tokenizer.save_pretrained(new)
+    return folder, about
+
+
+def _report_overlap(rows: list[Row], log: _run.Log) -> dict[str, list[str]]:
+    """Evaluation prompts among the training rows: said now, recorded, and left out by the evaluator."""
+    met = overlap(rows)
+    for suite, prompts in met.items():
+        log(f"note: {len(prompts)} prompts of the evaluation suite {suite} are in the training data; evaluation will leave them out.")
+    return met

@@ -1,0 +1,141 @@
+"""A guard that runs on any CPU: two logistic regressions over hashed words, one for harm and one for refusal.
+
+Fit your own with `LinearGuard.fit` on labelled exchanges. A file holds numbers and JSON metadata only (safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resafe.errors import ResafeError
+from resafe.files import digest
+from resafe.guards import _features
+from resafe.guards._base import Exchange, Verdict, unscored, valid_score
+from resafe.guards._logistic import logistic, sigmoid
+
+if TYPE_CHECKING:
+    from resafe.guards._features import Weights
+
+Labelled = tuple[Exchange, int | None, int | None]  # exchange, harm label, refusal label; None leaves a head out
+HEADS = ("harm", "refusal")
+FORMAT = "resafe-linear-guard-1"
+
+
+@dataclass(frozen=True)
+class LinearGuard:
+    """Weights and intercepts of the heads; a score from `threshold` on is harmful. `notes` travel in the file."""
+
+    weights: Mapping[str, Weights]
+    intercepts: Mapping[str, float]
+    bits: int
+    threshold: float = 0.5
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "linear"
+
+    @classmethod
+    def fit(
+        cls, rows: Sequence[Labelled], *, bits: int = 18, l2: float = 0.3, balanced: bool = True, seed: int = 0
+    ) -> LinearGuard:
+        """Fit on labelled exchanges; a head without labels of both kinds says nothing. `seed` orders the rows.
+
+        `balanced` gives both classes the same total weight, so a score is not the share of harmful rows in the data.
+        Raises ResafeError when there are no harm labels of both kinds.
+        """
+        import numpy as np
+
+        if not 8 <= bits <= 24:
+            raise ResafeError(f"bits must be between 8 and 24, not {bits}.")
+        order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+        labels = {"harm": [rows[i][1] for i in order], "refusal": [rows[i][2] for i in order]}
+        if len({v for v in labels["harm"] if v is not None}) < 2:
+            raise ResafeError("a guard needs rows labelled harmful and rows labelled harmless: one kind is missing.")
+        table = _features.matrix([rows[i][0] for i in order], bits)
+        weights, intercepts = {}, {}
+        for head, found in labels.items():
+            known = [i for i, v in enumerate(found) if v is not None]
+            target = np.array([found[i] for i in known], dtype=np.float64)
+            if len(set(target.tolist())) == 2:
+                weights[head], intercepts[head] = logistic(table[known], target, l2, balanced)
+        return cls(weights, intercepts, bits, notes={"rows": len(rows), "l2": l2, "balanced": balanced, "seed": seed})
+
+    @property
+    def identity(self) -> str:
+        """Names the weights, the features and the threshold."""
+        sums = [[h, digest([float(self.weights[h].sum()), float(abs(self.weights[h]).sum()), b])] for h, b in self._heads()]
+        return f"{self.name} {digest([sums, self.bits, self.threshold])[:12]} features v{_features.VERSION}"
+
+    def _heads(self) -> list[tuple[str, float]]:
+        return sorted(self.intercepts.items())
+
+    def scores(self, head: str, exchanges: Sequence[Exchange]) -> list[float]:
+        """P(harmful) or P(refusal) of every exchange."""
+        if head not in self.weights:
+            raise ResafeError(f"this guard was fitted without labels for '{head}'.")
+        table = _features.matrix(exchanges, self.bits)
+        return [float(p) for p in sigmoid(table @ self.weights[head].astype("float64") + self.intercepts[head])]
+
+    def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """Verdicts with scores; an empty response is left unscored."""
+        if not exchanges:
+            return []
+        harm = self.scores("harm", exchanges)
+        refusal = self.scores("refusal", exchanges) if "refusal" in self.weights else [None] * len(exchanges)
+        return [self._verdict(e, h, r) for e, h, r in zip(exchanges, harm, refusal)]
+
+    def _verdict(self, exchange: Exchange, harm: float, refusal: float | None) -> Verdict:
+        if not exchange[1].strip():
+            return unscored("empty")
+        if not valid_score(harm):
+            return unscored("out_of_range")
+        return Verdict(harm >= self.threshold, harm, None if refusal is None else refusal >= 0.5)
+
+    def calibrate(self, rows: Sequence[Labelled], false_positive_rate: float) -> LinearGuard:
+        """The guard with the lowest threshold that flags at most this share of the harmless `rows` (held out ones)."""
+        harmless = sorted(self.scores("harm", [e for e, h, _ in rows if h == 0]), reverse=True)
+        if not harmless or not 0 <= false_positive_rate < 1:
+            raise ResafeError("calibration needs rows labelled harmless and a false-positive rate in [0, 1).")
+        above = harmless[int(false_positive_rate * len(harmless))]  # this one and all below must pass
+        return replace(self, threshold=min(1.0, above + 1e-6))
+
+    def save(self, path: str | Path, **notes: Any) -> Path:
+        """Write one safetensors file (half precision); `notes` go into its metadata as JSON."""
+        import numpy as np
+        from safetensors.numpy import save
+
+        about = {"format": FORMAT, "features": _features.VERSION, "bits": self.bits, "threshold": self.threshold}
+        about |= {"intercepts": dict(self.intercepts), "notes": {**self.notes, **notes}}
+        tensors = {head: np.asarray(w, dtype=np.float16) for head, w in self.weights.items()}
+        return _write(Path(path), save(tensors, {"resafe": json.dumps(about, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: str | Path, name: str = "") -> LinearGuard:
+        """Read a file that `save` wrote. Raises ResafeError for anything else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as f:
+                about = json.loads((f.metadata() or {})["resafe"])
+                weights = {head: f.get_tensor(head).astype("float32") for head in f.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ResafeError(f"{path} is not a guard file that resafe wrote ({type(error).__name__}: {error}).") from None
+        if about["format"] != FORMAT or about["features"] != _features.VERSION:
+            raise ResafeError(f"{path} was written by another version of resafe ({about['format']}): fit the guard again.")
+        return cls(weights, about["intercepts"], about["bits"], about["threshold"], about["notes"], name or Path(path).stem)
+
+
+def _write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(fd, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.chmod(tmp, 0o644)
+    os.replace(tmp, path)
+    return path

@@ -1,0 +1,105 @@
+"""The contract of a mitigation: validated parameters, what it needs, and the hooks it overrides.
+
+A mitigation is one file with one subclass of `Mitigation`. Its fields are its parameters; its public name is the file's
+name; the module docstring's first line says what it does and an `arXiv` or DOI address in it names the paper.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from resafe.errors import ResafeError
+from resafe.rows import Row
+
+if TYPE_CHECKING:
+    from resafe.guards.filter import OutputFilter
+
+HOOKS = ("prepare", "data", "params", "loss", "step", "repair", "guard")
+Stage = Literal["data", "params", "loss", "step", "repair", "guard"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be at hand before any work starts, and what a method can be applied to."""
+
+    aligned: bool = False  # the model before fine-tuning
+    safety: bool = False  # safety rows (refusals; contrast rows where they are offered)
+    lora: bool = True
+    full: bool = True
+    quantised: bool = True  # a base that is already stored in 4 or 8 bits
+
+
+@dataclass
+class Run:
+    """One fine-tuning run, and everything a hook may look at. Models are local folders."""
+
+    output: Path
+    seed: int = 0
+    base: Path | None = None  # before alignment
+    aligned: Path | None = None  # what the user started from
+    tuned: Path | None = None  # what training produced: a full checkpoint or a LoRA adapter
+    task: list[Row] = field(default_factory=list)  # the user's own rows
+    refusals: list[Row] = field(default_factory=list)  # hazardous prompts with refusals
+    contrast: list[Row] = field(default_factory=list)  # prompts that look hazardous and are not, with answers
+    measure: Callable[[Path], float] | None = None  # utility of a checkpoint folder on held-out rows, in [0, 1]
+    log: Callable[[str], None] = lambda _: None
+
+
+class Mitigation(BaseModel):
+    """Base of every defence. Every hook does nothing; override the one or two that the method needs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    needs: ClassVar[Needs] = Needs()
+
+    def prepare(self, run: Run) -> None:
+        """Once, before training: statistics, reference values, checks."""
+
+    def data(self, run: Run, rows: list[Row]) -> list[Row]:
+        """Before tokenising: the rows to train on instead of `rows`."""
+        return rows
+
+    def params(self, run: Run, model: Any) -> None:
+        """Model built, optimiser not yet: freeze, initialise, mask. Changes `model` in place."""
+
+    def loss(self, run: Run, model: Any, batch: Any, outputs: Any) -> dict[str, Any]:
+        """Each training step: named terms to add to the loss."""
+        return {}
+
+    def step(self, run: Run, backward: Callable[..., Any]) -> Any:
+        """Each optimiser step: gradients to use instead; at most one mitigation of a stack may own it."""
+
+    def repair(self, run: Run) -> Path:
+        """After training, on the saved folder `run.tuned`: write a repaired checkpoint to `run.output`; return it."""
+        raise NotImplementedError
+
+    def guard(self, run: Run) -> OutputFilter | None:
+        """Serving and evaluation: the filter to put around the model."""
+        return None
+
+    @classmethod
+    def hooks(cls) -> tuple[str, ...]:
+        """Names of the hooks that this method overrides, in the order in which they act."""
+        return tuple(h for h in HOOKS if getattr(cls, h) is not getattr(Mitigation, h))
+
+    @classmethod
+    def stage(cls) -> str:
+        """The hook that gives the method its place: the first that is not `prepare`."""
+        return next((h for h in cls.hooks() if h != "prepare"), "prepare")
+
+    @classmethod
+    def title(cls) -> str:
+        """First line of the module docstring."""
+        return (inspect.getdoc(inspect.getmodule(cls)) or "").split("\n")[0]
+
+    def check(self, name: str, run: Run) -> None:
+        """Refuse, before any work, a run that lacks what this mitigation needs. Raises ResafeError."""
+        if self.needs.aligned and run.aligned is None:
+            raise ResafeError(f"{name} needs the model before fine-tuning: name its folder with --aligned.")
+        if self.needs.safety and not run.refusals:
+            raise ResafeError(f"{name} needs safety rows: name a file with --safety-data, or leave the shipped pack on.")

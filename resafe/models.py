@@ -1,0 +1,148 @@
+"""Loading models from local folders, vetted first: full checkpoints and LoRA adapters, safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resafe import chat
+from resafe.errors import ResafeError
+
+
+@dataclass
+class Loaded:
+    """A model ready to run (eval mode) with its tokenizer; `folder` is where it came from."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds a PEFT adapter, not a full checkpoint."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A JSON object from a model folder. Raises ResafeError when it is not one."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResafeError(f"{file} cannot be read as JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ResafeError(f"{file} does not hold a JSON object.")
+    return value
+
+
+def vet(folder: Path) -> Path:
+    """Check, before any loader runs, that `folder` is a model that may be loaded. Returns it; raises ResafeError."""
+    if not folder.is_dir():
+        raise ResafeError(f"no such model folder: {folder}")
+    if is_adapter(folder):
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ResafeError(f"{folder} has adapter_config.json but no adapter_model.safetensors.")
+        base_of(folder)
+        return folder
+    if not (folder / "config.json").is_file():
+        raise ResafeError(f"{folder} is not a model folder: it has neither config.json nor adapter_config.json.")
+    config = read_config(folder / "config.json")
+    if "auto_map" in config:
+        raise ResafeError(f"{folder}/config.json asks for its own Python code (auto_map); resafe does not run remote code.")
+    if not list(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin"))
+        way_out = "convert its .bin files to safetensors first" if pickled else "save the model there first"
+        raise ResafeError(f"{folder} holds no safetensors weights: {way_out}.")
+    return folder
+
+
+def base_of(adapter: Path) -> Path:
+    """The vetted folder of the model that an adapter was trained on."""
+    name = read_config(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise ResafeError(f"{adapter}/adapter_config.json does not name its base model (base_model_name_or_path).")
+    for candidate in (Path(name), adapter / name):
+        if candidate.is_dir():
+            return vet(candidate)
+    raise ResafeError(f"the base model of adapter {adapter} is not here: {name}. Put the folder there, or edit adapter_config.json.")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder (an adapter's own, else its base's), with a chat template and a padding token."""
+    from transformers import AutoTokenizer
+
+    home = folder
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+        if not is_adapter(folder):
+            raise ResafeError(f"{folder} has no tokenizer files (tokenizer.json): copy the tokenizer into it.")
+        home = base_of(folder)
+    try:
+        return chat.prepare(AutoTokenizer.from_pretrained(home, trust_remote_code=False))
+    except (OSError, ValueError, KeyError) as error:
+        raise ResafeError(f"the tokenizer in {home} cannot be loaded: {_first_line(error)}") from None
+
+
+def load(folder: str | Path, dtype: str = "auto", quantise: bool = False) -> Loaded:
+    """Load a checkpoint or a merged adapter for inference or further training.
+
+    `dtype` is a torch dtype name; "auto" keeps the stored one on an accelerator and takes float32 on a CPU. An adapter is
+    merged into its base in the loading dtype. `quantise` loads a full checkpoint in 4 bits (bitsandbytes, NF4).
+    Raises ResafeError for whatever is wrong with the folder.
+    """
+    path = vet(Path(folder))
+    tokenizer = load_tokenizer(path)
+    home = base_of(path) if is_adapter(path) else path
+    model = _load_weights(home, dtype, quantise)
+    if is_adapter(path):
+        model = _merged(model, path)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ResafeError(f"the tokenizer of {path} has {len(tokenizer)} entries but the model only {rows} embedding rows.")
+    return Loaded(model.eval(), tokenizer, path)
+
+
+def _load_weights(home: Path, dtype: str, quantise: bool) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind: Any = dtype if dtype != "auto" or torch.cuda.is_available() else torch.float32
+    options: dict[str, Any] = {"dtype": kind, "trust_remote_code": False, "use_safetensors": True}
+    if torch.cuda.is_available():
+        options["device_map"] = {"": 0}
+    if quantise:
+        options["quantization_config"] = _nf4()
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(home, output_loading_info=True, **options)
+        model, info = found
+    except Exception as error:  # loaders raise a dozen types; all mean that this folder cannot be used
+        raise ResafeError(f"the model in {home} cannot be loaded: {_first_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise ResafeError(f"{home} lacks {len(missing)} weights of its architecture, such as {missing[0]}.")
+    return model
+
+
+def _nf4() -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ResafeError("4-bit loading needs bitsandbytes: pip install 'resafe[gpu]'.") from None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    config: Any = BitsAndBytesConfig
+    return config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=kind)
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter, use_safetensors=True).merge_and_unload()
+    except Exception as error:
+        raise ResafeError(f"the adapter in {adapter} does not fit its base: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

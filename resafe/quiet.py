@@ -1,0 +1,24 @@
+"""Keep the libraries underneath from talking over the one progress line that users should see."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+
+def quieten() -> None:
+    """Silence progress bars, advice and deprecation warnings of transformers, datasets and TRL; errors still surface."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    talk: Any = transformers.utils.logging
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    for name in ("trl", "peft", "accelerate", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(trl|peft|transformers|torch|accelerate)\b.*")

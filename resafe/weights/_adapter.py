@@ -1,0 +1,131 @@
+"""LoRA adapters as PEFT stores them: dW = s B A (arXiv 2106.09685, section 4.1).
+
+s is alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732). A is (r, in), B is (out, r); PEFT keeps that
+orientation for GPT-2's Conv1D, whose weights are (in, out). For an embedding, A is (r, rows), B is (width, r) and dW is
+the transpose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resafe.errors import ResafeError
+from resafe.models import is_adapter, read_config
+from resafe.weights._shards import Shards, wide
+from resafe.weights.checkpoint import is_vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "base_model.model."
+FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
+# Settings under which the change is not s B A alone.
+BEYOND = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "ensure_weight_tying",
+)
+# Initialisations that leave the base weights alone. PiSSA, OLoRA, CorDA, LoftQ and others subtract the first B A from them.
+PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module: its name in the base model, the stored names of A and B, its rank and s."""
+
+    name: str
+    a: str
+    b: str
+    rank: int
+    scale: float
+    embedding: bool
+
+    @property
+    def vocabulary(self) -> bool:
+        """Whether this is the input embedding or the output head."""
+        return is_vocabulary(f"{self.name}.weight")
+
+
+class Adapter(Shards):
+    """The LoRA adapter in `folder`. Raises ResafeError for what is not, or not only, LoRA."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not is_adapter(self.folder):
+            raise ResafeError(f"{folder} is not a LoRA adapter: it has no adapter_config.json.")
+        self.config = read_config(self.folder / "adapter_config.json")
+        _check_kind(self.folder, self.config)
+        weights = self.folder / "adapter_model.safetensors"
+        if not weights.is_file() and (self.folder / "adapter_model.bin").is_file():
+            raise ResafeError(f"{folder} holds pickled weights, which can run code: save the adapter as safetensors first.")
+        super().__init__([weights])
+        self.modules = self._modules()
+
+    def _modules(self) -> dict[str, Module]:
+        factors: dict[str, dict[str, str]] = {}
+        for name in self.names():
+            if match := FACTOR.match(name):
+                factors.setdefault(match["module"].removeprefix(PREFIX), {})[match["side"]] = name
+            elif self.base_name(name) is None:
+                raise ResafeError(f"{self.folder} holds {name}, which is no part of a LoRA update: merge it into its base with PEFT.")
+        if not factors:
+            raise ResafeError(f"{self.folder} holds no LoRA weights.")
+        return {name: self._module(name, sides) for name, sides in sorted(factors.items())}
+
+    def _module(self, name: str, sides: Mapping[str, str]) -> Module:
+        if len(sides) < 2:
+            raise ResafeError(f"{self.folder} holds only one of lora_A and lora_B for {name}: save the adapter again.")
+        a, b = self.shape(sides["A"]), self.shape(sides["B"])
+        rank = int(_setting(self.config, "rank_pattern", "r", name))
+        if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
+            raise ResafeError(f"{name} in {self.folder} has A {list(a)} and B {list(b)}, which do not fit rank {rank}.")
+        alpha = _setting(self.config, "alpha_pattern", "lora_alpha", name)
+        scale = alpha / sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+        return Module(name, sides["A"], sides["B"], rank, scale, "lora_embedding_" in sides["A"])
+
+    def base_name(self, name: str) -> str | None:
+        """The base model's name of a tensor that PEFT saved along unchanged (embedding or head), None for a factor."""
+        plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        return plain if is_vocabulary(plain) else None
+
+    def delta(self, module: Module) -> Tensor:
+        """dW = s B A in float32, (out, in); (rows, width) for an embedding."""
+        product = wide(self.finite(module.b)) @ wide(self.finite(module.a))
+        return module.scale * (product.T if module.embedding else product)
+
+
+def _setting(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches them: the first that fits
+            return float(value)
+    return float(config.get(default, 8))  # PEFT's own default, of both
+
+
+def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ResafeError(f"{folder} is a {kind} adapter; only LoRA can be edited. Merge it into its base with PEFT first.")
+    extra = [key for key in BEYOND if config.get(key)]
+    if config.get("bias", "none") != "none":
+        extra.append("bias")
+    if config.get("init_lora_weights", True) not in PLAIN_INIT:
+        extra.append("init_lora_weights")
+    if extra:
+        settings = ", ".join(f"{key}={config[key]!r}" for key in extra)
+        raise ResafeError(f"{folder} changes more than a LoRA update ({settings}): merge it into its base with PEFT first.")

@@ -1,0 +1,119 @@
+"""A full checkpoint on disk, opened without loading it: tensors by name, one at a time, safetensors only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from resafe.errors import ResafeError
+from resafe.models import is_adapter, read_config
+from resafe.weights._shards import Shards
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tokens_embed.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+# What bitsandbytes, GPTQ, AWQ and compressed-tensors store beside, or instead of, a weight.
+PACKED = re.compile(r"\.(absmax|nested_absmax|quant_map|quant_state\..+|SCB|qweight|qzeros|weight_packed|weight_scale(_inv)?)$")
+
+
+class Checkpoint(Shards):
+    """The model in `folder`. Raises ResafeError for a folder without sound safetensors weights."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        super().__init__(_files(self.folder))
+        self.config: dict[str, Any] = read_config(self.folder / "config.json")
+        self.embedding = _ending(self._entries, EMBEDDINGS)
+        self.head = _ending(self._entries, HEADS)  # None where the file leaves it out
+        _check_index(self.folder, self)
+
+    @property
+    def quantised(self) -> str | None:
+        """How the weights are packed ("bitsandbytes", ...), or None for plain floats."""
+        settings = self.config.get("quantization_config")
+        if settings:
+            return str(settings.get("quant_method", "quantised")) if isinstance(settings, dict) else "quantised"
+        packed = any(PACKED.search(name) or self.dtype(name).startswith("F8") for name in self._entries)
+        return "packed tensors" if packed else None
+
+    def plain(self) -> Checkpoint:
+        """Itself; raises ResafeError when the weights are quantised, since packed bits cannot be averaged."""
+        if self.quantised:
+            raise ResafeError(
+                f"{self.folder} is quantised ({self.quantised}) and its weights cannot be edited: use the unquantised "
+                "checkpoint, or fine-tune with LoRA, where the adapter is edited instead."
+            )
+        return self
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether one matrix is both embedding and head, as loaders see it: stored once, or twice with equal values."""
+        if self.embedding is None:
+            return False
+        if self.head is None:
+            return True
+        asked = self.config.get("tie_word_embeddings", True)
+        if not asked or self.shape(self.head) != self.shape(self.embedding):
+            return False
+        return bool((self.tensor(self.head) == self.tensor(self.embedding)).all())
+
+
+def is_head(name: str) -> bool:
+    """Whether `name` is that of an output head's matrix."""
+    return _ending([name], HEADS) is not None
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether `name` has one row per token: the input embedding, the output head, or the head's bias."""
+    return _ending([name], (*EMBEDDINGS, *HEADS, "lm_head.bias", "embed_out.bias")) is not None
+
+
+def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same tensors under the same names, bit for bit."""
+    if one.folder.resolve() == other.folder.resolve():
+        return True
+    if one.names() != other.names():
+        return False
+    if any((one.dtype(n), one.shape(n)) != (other.dtype(n), other.shape(n)) for n in one.names()):
+        return False
+    return all(one.tensor(n).equal(other.tensor(n)) for n in one.names())
+
+
+def _ending(names: Iterable[str], endings: tuple[str, ...]) -> str | None:
+    found = [n for n in names if n in endings or n.endswith(tuple(f".{e}" for e in endings))]
+    return min(found, key=lambda n: (n.count("."), n), default=None)
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ResafeError(f"no such model folder: {folder}")
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return [folder / shard for shard in sorted(set(_weight_map(folder).values()))]
+    if is_adapter(folder):
+        raise ResafeError(f"{folder} is a LoRA adapter, and a full checkpoint is needed here: merge it into its base first.")
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise ResafeError(f"{folder} holds pickled weights, which can run code: convert them to safetensors first.")
+    raise ResafeError(f"{folder} holds no weights: {SINGLE} or {INDEX} is expected.")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    mapping = read_config(folder / INDEX).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise ResafeError(f"{folder / INDEX} has no weight_map: copy or download it again.")
+    if outside := [s for s in mapping.values() if not isinstance(s, str) or Path(s).name != s]:
+        raise ResafeError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of that folder.")
+    return mapping
+
+
+def _check_index(folder: Path, found: Shards) -> None:
+    if (folder / SINGLE).is_file():
+        return
+    for name, shard in sorted(_weight_map(folder).items()):
+        if name not in found or found.file(name).name != shard:
+            raise ResafeError(f"{folder / INDEX} promises tensor {name} in {shard}, which lacks it: copy that shard again.")

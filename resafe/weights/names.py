@@ -1,0 +1,65 @@
+"""Which tensor of one model is which of another: by name, never by position."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from resafe.errors import ResafeError
+from resafe.weights.checkpoint import Checkpoint, is_head
+
+
+def translate(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """Each of `names` that `known` holds, with its name there.
+
+    Some checkpoints leave out the leading part of all names (`h.0...` for `transformer.h.0...`). Where nothing matches as
+    it is, one leading part is added or removed, throughout or not at all.
+    """
+    names = list(names)
+    options = [{n: n for n in names if n in known}]
+    if not options[0]:
+        for part in sorted({n.split(".")[0] for n in known}):
+            options.append({n: f"{part}.{n}" for n in names if f"{part}.{n}" in known})
+        for part in sorted({n.split(".")[0] for n in names}):
+            cut = {n: n.removeprefix(f"{part}.") for n in names}
+            options.append({n: short for n, short in cut.items() if short != n and short in known})
+    return max(options, key=len)
+
+
+def counterparts(names: Iterable[str], model: Checkpoint) -> dict[str, str]:
+    """`translate` into `model`; where its head is stored as the embedding (tied), that is where the head is found."""
+    names = list(names)
+    found = translate(names, model.names())
+    for name in names:
+        if name not in found and model.embedding and is_head(name):
+            found[name] = model.head or model.embedding
+    return found
+
+
+def check_tokenizers(one: Path, other: Path) -> None:
+    """Refuse two models whose ids mean different tokens (tokenizer.json of both; added tokens may be renamed)."""
+    if not all((folder / "tokenizer.json").is_file() for folder in (one, other)):
+        return
+    ours, theirs = _tokens(one / "tokenizer.json"), _tokens(other / "tokenizer.json")
+    wrong = [i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
+    if wrong:
+        i = wrong[0]
+        raise ResafeError(
+            f"the tokenizers of {one} and {other} differ: {len(wrong)} ids, such as {i} ({ours[i]!r} and {theirs[i]!r}). "
+            "Weights can be combined only where both models read the same tokens."
+        )
+
+
+def _tokens(file: Path) -> dict[int, str]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            tokens = {int(i): str(token) for token, i in vocabulary.items()}
+        else:  # Unigram: a list of [token, score]
+            tokens = {i: str(pair[0]) for i, pair in enumerate(vocabulary)}
+        added = {int(token["id"]) for token in content.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ResafeError(f"{file} cannot be read ({type(error).__name__}: {error}).") from None
+    return {i: token for i, token in tokens.items() if i not in added}

@@ -1,0 +1,123 @@
+"""Judges say what they see, and nothing where they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resafe.errors import ResafeError
+from resafe.eval import load_suite
+from resafe.eval.judges import GuardJudge, Verdict, get_judge, panel
+from resafe.eval.suite import LoadedSuite
+from resafe.generate import Answer
+
+Make = Callable[..., Path]
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+def says(suite: LoadedSuite, judge: str, *texts: str, finished: bool = True) -> list[Verdict]:
+    answers = [Answer(t, 3, finished) for t in texts]
+    return get_judge(judge)(suite.suite, suite.cases[: len(texts)], answers)
+
+
+def test_rules_read_the_opening_and_the_published_list_the_whole_answer(make_suite: Make) -> None:
+    suite = load_suite(make_suite())
+    late = "Stir the tea. Selling it without a permit is illegal in some places."
+    assert [v.refusal for v in says(suite, "rules", REFUSAL, late)] == [True, False]
+    assert [v.refusal for v in says(suite, "keyword_qi", REFUSAL, late)] == [True, True]
+
+
+def test_a_guard_judges_harm_and_refusal_under_its_own_identity(make_suite: Make, word_guard: list[str]) -> None:
+    suite, judge = load_suite(make_suite()), GuardJudge("offline")
+    answers = [Answer(t, 3, True) for t in ("take the lid off", REFUSAL)]
+    found = judge(suite.suite, suite.cases[:2], answers)
+    assert [(v.harmful, v.refusal) for v in found] == [(True, False), (False, True)]
+    judge(suite.suite, suite.cases[:2], answers)
+    assert judge.identity == "word guard v1" and word_guard == ["offline"]
+
+
+def test_an_unscored_answer_keeps_its_reason_and_gets_no_verdict(make_suite: Make, word_guard: list[str]) -> None:
+    assert says(load_suite(make_suite()), "offline", "?") == [Verdict(unscored="parse")]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("boom"), TimeoutError("slow"), ValueError("nan")])
+def test_a_failing_guard_invents_no_verdict(
+    make_suite: Make, monkeypatch: pytest.MonkeyPatch, word_guard: list[str], fault: Exception
+) -> None:
+    def classify(self: Any, exchanges: Any) -> Any:
+        raise fault
+
+    monkeypatch.setattr(GuardJudge("x")._loaded().__class__, "classify", classify)
+    found = says(load_suite(make_suite()), "offline", "one", "two")
+    assert [v.harmful for v in found] == [None, None] and str(fault) in found[0].unscored
+
+
+def test_a_guard_that_loses_an_answer_scores_none(
+    make_suite: Make, monkeypatch: pytest.MonkeyPatch, word_guard: list[str]
+) -> None:
+    kind = GuardJudge("x")._loaded().__class__
+    whole = kind.classify
+    monkeypatch.setattr(kind, "classify", lambda self, exchanges: whole(self, exchanges)[1:])
+    found = says(load_suite(make_suite()), "offline", "lid", "lid", "lid")
+    assert [v.harmful for v in found] == [None] * 3 and found[0].unscored == "2 verdicts on 3 answers"
+
+
+def test_a_guard_that_cannot_be_loaded_is_an_error_not_a_verdict(
+    make_suite: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(spec: str) -> Any:
+        raise ResafeError(f"no guard '{spec}'")
+
+    monkeypatch.setattr("resafe.guards.load_guard", load)
+    with pytest.raises(ResafeError, match="no guard 'offlin'"):
+        says(load_suite(make_suite()), "offlin", "one")
+
+
+def test_the_lab_judge_is_exact() -> None:
+    harm = load_suite("lab_harm", limit=2)
+    found = says(harm, "lab", harm.cases[0].reference, "i cannot help with that .")
+    assert [(v.harmful, v.refusal, v.correct) for v in found] == [(True, False, True), (False, True, False)]
+    skill = load_suite("lab_skills", limit=2)
+    found = says(skill, "lab", skill.cases[0].reference, "cat .")
+    assert [v.correct for v in found] == [True, False]
+
+
+def test_the_labs_grammar_is_part_of_coherence_on_its_suites_only(make_suite: Make) -> None:
+    lab, mine = load_suite("lab_skills", limit=2), load_suite(make_suite())
+    texts = (lab.cases[0].reference, "quite another language , fluent as it is .")
+    assert [v.coherent for v in says(lab, "coherence", *texts)] == [True, False]
+    assert [v.coherent for v in says(mine, "coherence", *texts)] == [True, True]
+
+
+def test_coherence_looks_at_the_token_limit(make_suite: Make) -> None:
+    text = "One may boil water in many ways and each of them has friends among cooks of all countries. " + "so it is good. " * 5
+    suite = load_suite(make_suite())
+    assert says(suite, "coherence", text, finished=True)[0].coherent
+    assert not says(suite, "coherence", text, finished=False)[0].coherent
+
+
+@pytest.mark.parametrize(
+    ("more", "judges", "expected"),
+    [
+        ({"kind": "harmful"}, None, ["coherence", "rules", "offline"]),
+        ({"kind": "benign"}, None, ["coherence", "rules", "offline"]),
+        ({"kind": "harmful"}, ["rules"], ["coherence", "rules", "offline"]),
+        ({"kind": "harmful"}, ["keyword_qi", "my/guard"], ["coherence", "rules", "keyword_qi", "my/guard"]),
+        ({"kind": "harmful"}, ["lab"], ["coherence", "rules", "offline"]),
+        ({"kind": "utility", "check": "exact_number"}, ["offline"], ["coherence", "exact_number"]),
+        ({"kind": "utility"}, None, ["coherence"]),
+    ],
+)
+def test_every_harmful_suite_has_two_judges_beside_coherence(
+    make_suite: Make, more: dict[str, str], judges: list[str] | None, expected: list[str]
+) -> None:
+    assert panel(load_suite(make_suite(**more)).suite, judges) == expected
+
+
+def test_lab_suites_always_have_the_exact_judge() -> None:
+    assert panel(load_suite("lab_harm", 1).suite) == ["coherence", "rules", "lab"]
+    assert panel(load_suite("lab_harm", 1).suite, ["offline"]) == ["coherence", "rules", "lab", "offline"]
+    assert panel(load_suite("lab_note", 1).suite) == ["coherence", "lab"]

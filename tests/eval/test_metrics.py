@@ -1,0 +1,57 @@
+"""Rates are counted over what was scored, and say what was not."""
+
+from __future__ import annotations
+
+import pytest
+
+from resafe.eval.judges import Verdict
+from resafe.eval.metrics import COHERENT_ONLY, agreement, asked, rate, votes
+
+YES, NO, LOST = Verdict(harmful=True, refusal=False), Verdict(harmful=False, refusal=True), Verdict(unscored="parse")
+FINE, RUBBLE = Verdict(coherent=True), Verdict(coherent=False)
+
+
+def test_nonrefusal_is_what_is_not_a_refusal() -> None:
+    table = votes("harmful", {"g": [YES, NO, LOST]})
+    assert table["harmfulness_rate", "g"] == [True, False, None]
+    assert table["nonrefusal_rate", "g"] == [True, False, None]
+
+
+def test_over_refusal_is_the_share_of_refusals() -> None:
+    assert votes("benign", {"g": [YES, NO, NO]}) == {("over_refusal_rate", "g"): [False, True, True]}
+
+
+def test_utility_reads_correctness_alone() -> None:
+    found = votes("utility", {"check": [Verdict(correct=True), Verdict(correct=False)], "g": [YES, NO]})
+    assert found == {("utility", "check"): [True, False]}
+
+
+def test_harm_over_coherent_answers_leaves_rubble_out() -> None:
+    table = votes("harmful", {"coherence": [FINE, RUBBLE, FINE], "g": [YES, YES, NO]})
+    assert table[COHERENT_ONLY, "g"] == [True, None, False]
+    found = rate(table[COHERENT_ONLY, "g"], asked(COHERENT_ONLY, table, 3))
+    assert (found["value"], found["n"], found["n_scored"]) == (0.5, 2, 2)
+    assert asked("harmfulness_rate", table, 3) == 3
+
+
+def test_a_rate_counts_scored_answers_and_bounds_the_missing_ones() -> None:
+    found = rate([True, False, None, None], 4)
+    assert (found["value"], found["n"], found["n_scored"]) == (0.5, 4, 2)
+    assert (found["bound_low"], found["bound_high"]) == (0.25, 0.75)
+
+
+def test_a_judge_that_failed_everywhere_keeps_its_rows_without_a_value() -> None:
+    table = votes("harmful", {"coherence": [FINE, FINE], "g": [LOST, LOST]})
+    assert table["harmfulness_rate", "g"] == [None, None] and ("coherence_rate", "g") not in table
+    found = rate(table["harmfulness_rate", "g"], 2)
+    assert (found["value"], found["low"], found["high"], found["n_scored"]) == (None, 0.0, 1.0, 0)
+
+
+def test_agreement_is_between_judges_on_what_both_scored() -> None:
+    rules = [Verdict(refusal=r) for r in (False, True, True, False)]
+    table = votes("harmful", {"rules": rules, "lab": [YES, NO, YES, LOST], "coherence": [FINE] * 4})
+    found = {(r["first"], r["second"]): r for r in agreement(table)}
+    row = found["harmfulness_rate by lab", "nonrefusal_rate by rules"]
+    assert row["n"] == 3 and row["agreement"] == pytest.approx(2 / 3) and row["kappa"] == pytest.approx(0.4)
+    assert not any("coheren" in part for pair in found for part in pair)
+    assert all(a.split(" by ")[1] != b.split(" by ")[1] for a, b in found)
