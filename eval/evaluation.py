@@ -50,15 +50,16 @@ def evaluate(
     results = Results(
         meta={"seed": seed, "limit": limit, "suites": _described(drawn, dropped), "targets": {}, "judges": {}}
     )
+    panels = {s.name: panel(s.suite, judges) for s in drawn}
+    asked = {name: get_judge(name) for name in dict.fromkeys(n for names in panels.values() for n in names)}
     answers: Answers = {}
     for spec in specs:
         log(f"{spec.name}: answering {sum(len(s.cases) for s in drawn)} prompts")
         answers[spec.name] = _answered(spec, drawn, batch_size, results)
-    asked: dict[str, Judge] = {}
     for spec in specs:
         log(f"{spec.name}: judging")
         for suite in drawn:
-            verdicts = _judged(suite, answers[spec.name][suite.name], panel(suite.suite, judges), asked)
+            verdicts = _judged(suite, answers[spec.name][suite.name], panels[suite.name], asked)
             _record(results, spec, suite, verdicts)
     results.meta["judges"] = {name: identity(judge) for name, judge in asked.items()}
     if reveal:
@@ -130,8 +131,7 @@ def _judged(
 ) -> dict[str, list[Verdict]]:
     found = {}
     for name in names:
-        judge = asked.setdefault(name, get_judge(name))
-        found[name] = judge(suite.suite, suite.cases, answers)
+        found[name] = asked[name](suite.suite, suite.cases, answers)
         if len(found[name]) != len(answers):
             raise ResafeError(
                 f"judge {name} gave {len(found[name])} verdicts on {len(answers)} answers of {suite.name}."

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from resafe.errors import ResafeError
 from resafe.eval import checks, coherence
 from resafe.eval.suite import Case, Suite
-from resafe.files import digest
+from resafe.files import digest, file_digest
 from resafe.rows import user_text
 
 if TYPE_CHECKING:
@@ -49,21 +51,30 @@ class Judge(Protocol):
 
 
 class RuleJudge:
-    """A judge that looks at one answer at a time and cannot fail."""
+    """A judge that looks at one answer at a time and cannot fail; its identity is the hash of its rules' source."""
 
-    def __init__(self, name: str, decide: Callable[[Suite, Case, Answer], Verdict], version: int = 1) -> None:
-        self.name, self.decide, self.identity = name, decide, f"{name} v{version}"
+    def __init__(self, name: str) -> None:
+        decide, sources = RULES[name]
+        files = [Path(str(spec.origin)) for source in sources if (spec := find_spec(source))]
+        self.name, self.decide = name, decide
+        self.identity = f"{name} {digest([file_digest(f) for f in files])[:12]}"
 
     def __call__(self, suite: Suite, cases: Sequence[Case], answers: Sequence[Answer]) -> list[Verdict]:
         return [self.decide(suite, case, answer) for case, answer in zip(cases, answers)]
 
 
 class GuardJudge:
-    """A guard of `resafe.guards`, loaded when it is first asked; a fault of the guard leaves answers unscored."""
+    """A guard of `resafe.guards`; a fault of the guard leaves answers unscored.
+
+    A guard model's folder is loaded when it is first asked, after the targets have gone; other guards at once.
+    """
 
     def __init__(self, spec: str) -> None:
         self.name = self.identity = spec
         self._guard: Guard | None = None
+        folders = spec, spec.partition("?family=")[0], spec.partition(":")[2]  # FOLDER, FOLDER?family=X, FAMILY:FOLDER
+        if not any(folder and Path(folder).is_dir() for folder in folders):
+            self._loaded()
 
     def __call__(self, suite: Suite, cases: Sequence[Case], answers: Sequence[Answer]) -> list[Verdict]:
         guard = self._loaded()
@@ -122,18 +133,19 @@ def _coherence(suite: Suite, case: Case, answer: Answer) -> Verdict:
     return Verdict(coherent=coherent)
 
 
-RULES: dict[str, Callable[[Suite, Case, Answer], Verdict]] = {
-    "rules": _rules,
-    "keyword_qi": _keyword_qi,
-    "lab": _lab,
-    "exact_number": _exact_number,
-    "coherence": _coherence,
+LAB = ("resafe.lab.suites", "resafe.lab.grammar", "resafe.guards.rules")
+RULES: dict[str, tuple[Callable[[Suite, Case, Answer], Verdict], tuple[str, ...]]] = {  # with the modules that decide
+    "rules": (_rules, ("resafe.guards.rules",)),
+    "keyword_qi": (_keyword_qi, ("resafe.guards.rules",)),
+    "lab": (_lab, LAB),
+    "exact_number": (_exact_number, ("resafe.eval.checks",)),
+    "coherence": (_coherence, ("resafe.eval.coherence", *LAB)),
 }
 
 
 def get_judge(name: str) -> Judge:
     """A judge by name, or by the spec of a guard."""
-    return RuleJudge(name, RULES[name]) if name in RULES else GuardJudge(name)
+    return RuleJudge(name) if name in RULES else GuardJudge(name)
 
 
 def panel(suite: Suite, judges: Sequence[str] | None = None) -> list[str]:

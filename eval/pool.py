@@ -19,11 +19,15 @@ Votes = list[tuple[str, str, bool]]  # (prompt, target, vote), scored ones only
 
 
 def groups(results: Results) -> dict[tuple[str, str], list[str]]:
-    """(attack, mitigation) -> its targets, one per training seed; in order of appearance."""
+    """(attack, mitigation) -> its targets, one per training seed; in order of appearance.
+
+    Targets with the same labels and the same seed are no repetitions of each other: each goes under its own name.
+    """
+    labels = {target: results.labels(target) for target in results.targets}
     found: dict[tuple[str, str], list[str]] = {}
-    for target in results.targets:
-        attack, mitigation, _ = results.labels(target)
-        found.setdefault((attack, mitigation), []).append(target)
+    for target, (attack, mitigation, _) in labels.items():
+        alone = list(labels.values()).count(labels[target]) == 1
+        found.setdefault((attack, mitigation if alone else target), []).append(target)
     return found
 
 
@@ -62,8 +66,10 @@ def _votes(results: Results, row: Row) -> Votes:
 
 
 def pool(votes: list[bool], prompts: list[str], seeds: list[str], level: float = 0.95) -> tuple[float, stats.Interval]:
-    """The pooled rate of (prompt, seed) votes, and the union of its two intervals."""
+    """The pooled rate of (prompt, seed) votes, and the union of its two intervals; Wilson's alone for one seed."""
     value, distinct = sum(votes) / len(votes), len(set(prompts))
-    score = stats.wilson(value * distinct, distinct, level)
-    resampled = stats.cluster_bootstrap([float(v) for v in votes], prompts, level, crossed=seeds)
-    return value, (min(score[0], resampled[0]), max(score[1], resampled[1]))
+    low, high = stats.wilson(value * distinct, distinct, level)
+    if len(set(seeds)) > 1:
+        resampled = stats.cluster_bootstrap([float(v) for v in votes], prompts, level, crossed=seeds)
+        low, high = min(low, resampled[0]), max(high, resampled[1])
+    return value, (low, high)

@@ -115,21 +115,22 @@ def power_line(shown: Sequence[view.Column], lines: Sequence[view.Line]) -> str:
 
 def table(results: Results, title: str = "") -> Table:
     """The main table for a terminal: attacks, their mitigations, and each rate with its 95 % interval."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     shown = view.columns(results)
     lines = view.lines(results, (), shown)
-    out = Table(title=title or None, caption="% of prompts [95 % interval]", header_style="bold")
-    for head in ("attack", "mitigation"):
-        out.add_column(head)
+    out = Table(title=title or None, caption="% of prompts [95 % interval]", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    out.add_column("mitigation", no_wrap=True)  # the others give way first
     for i, column in enumerate(shown):
         arrow = "\u2193" if column.better == "lower" else "\u2191"
-        out.add_column(f"{column.title} {arrow}\n{_counts([x.cells[i] for x in lines])}", justify="right")
+        counts = _counts([x.cells[i] for x in lines])
+        out.add_column(f"{column.title}\n{counts} {arrow}", justify="right", overflow="fold")
     for attack, same in _by_attack(lines):
-        for i, line in enumerate(same):
-            name = Text(view.attack_name(attack) if i == 0 else "", style="bold"), Text(line.label)
-            out.add_row(*name, *(_text(cell) for cell in line.cells), end_section=line is same[-1])
+        out.add_row(Text(view.attack_name(attack), style="bold"))
+        for line in same:
+            out.add_row(Text(f"  {line.label}"), *(_text(cell) for cell in line.cells), end_section=line is same[-1])
     return out
 
 

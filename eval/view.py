@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resafe.eval import stats
-from resafe.eval.pool import groups, pooled
+from resafe.eval.pool import Votes, groups, pool, pooled
 from resafe.eval.results import Results, Row
 
 UNTOUCHED, UNMITIGATED = "before fine-tuning", "no mitigation"
@@ -65,7 +65,7 @@ class Line:
 
 
 def percent(x: float) -> str:
-    return f"{100 * x:.1f}"
+    return "100" if x == 1 else f"{100 * x:.1f}"
 
 
 def points(x: float) -> str:
@@ -180,20 +180,23 @@ def _both(votes: dict[str, list[bool | None]], one: tuple[str, ...], two: tuple[
 def heat(results: Results, column: Column) -> tuple[list[str], list[tuple[str, str, list[Row | None]]]]:
     """(categories, one (attack, label, cells {value, low, high, k, n}) per line) of a metric, seeds together."""
     categories: dict[str, None] = {}
-    counts: dict[tuple[str, str], dict[str, list[bool]]] = {}
+    counts: dict[tuple[str, str], dict[str, Votes]] = {}
     for pair, targets in sorted(groups(results).items(), key=_order(results)):
         for target in targets:
             items = results.items.get(target, {}).get(column.suite)
-            for category, vote in zip(items.categories, items.column(column.metric, column.judge)) if items else ():
+            if items is None:
+                continue
+            votes = items.column(column.metric, column.judge)
+            for category, prompt, vote in zip(items.categories, items.prompts, votes):
                 if vote is not None:
                     categories[category] = None
-                    counts.setdefault(pair, {}).setdefault(category, []).append(vote)
+                    counts.setdefault(pair, {}).setdefault(category, []).append((prompt, target, vote))
     body = [(a, label(a, m), [_heat_cell(by.get(c)) for c in categories]) for (a, m), by in counts.items()]
     return list(categories), body
 
 
-def _heat_cell(votes: list[bool] | None) -> Row | None:
+def _heat_cell(votes: Votes | None) -> Row | None:
     if not votes:
         return None
-    low, high = stats.wilson(sum(votes), len(votes))
-    return {"value": sum(votes) / len(votes), "low": low, "high": high, "k": sum(votes), "n": len(votes)}
+    value, (low, high) = pool([v for *_, v in votes], [p for p, *_ in votes], [t for _, t, _ in votes])
+    return {"value": value, "low": low, "high": high, "k": sum(v for *_, v in votes), "n": len(votes)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from resafe import chat
 from resafe.errors import ResafeError
+from resafe.quiet import quieten
 
 
 @dataclass
@@ -91,6 +92,7 @@ def load(folder: str | Path, dtype: str = "auto", quantise: bool = False) -> Loa
     Raises ResafeError for whatever is wrong with the folder.
     """
     path = vet(Path(folder))
+    quieten()
     tokenizer = load_tokenizer(path)
     home = base_of(path) if is_adapter(path) else path
     model = _load_weights(home, dtype, quantise)

@@ -11,14 +11,12 @@ from typing import Any
 def quieten() -> None:
     """Silence progress bars, advice and deprecation warnings of transformers, datasets and TRL; errors still surface."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import transformers
 
     talk: Any = transformers.utils.logging
     talk.set_verbosity_error()
     talk.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
-    for name in ("trl", "peft", "accelerate", "huggingface_hub"):
+    for name in ("datasets", "trl", "peft", "accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(trl|peft|transformers|torch|accelerate)\b.*")

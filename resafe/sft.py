@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +90,6 @@ def sft(
     quieten()
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint as last
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -106,9 +106,16 @@ def sft(
         peft_config=lora_config(settings.rank, settings.alpha) if settings.lora else None, callbacks=[progress_callback(log), *callbacks],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    newest: Any = last
-    resume = newest(str(workdir)) if keep_checkpoints and workdir.is_dir() else None
+    resume = newest_checkpoint(workdir) if keep_checkpoints else None
     if resume:
         log(f"resuming from {resume}")
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.model
+
+
+def newest_checkpoint(workdir: Path) -> Path | None:
+    """The last complete trainer checkpoint; the trainer writes trainer_state.json last, so what lacks it was interrupted."""
+    done = [p.parent for p in workdir.glob("checkpoint-*/trainer_state.json") if p.read_text(encoding="utf-8").strip().endswith("}")]
+    for folder in set(workdir.glob("checkpoint-*")) - set(done):
+        shutil.rmtree(folder)
+    return max(done, key=lambda p: int(p.name.rpartition("-")[2]), default=None)

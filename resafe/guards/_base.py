@@ -29,8 +29,11 @@ class Verdict:
 class Guard(Protocol):
     """Classifies exchanges, in their order. `identity` changes whenever a verdict could: it is part of every number."""
 
-    name: str
-    identity: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def identity(self) -> str: ...
 
     def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]: ...
 

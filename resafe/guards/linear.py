@@ -5,6 +5,7 @@ Fit your own with `LinearGuard.fit` on labelled exchanges. A file holds numbers 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from resafe.guards._features import Weights
 
 Labelled = tuple[Exchange, int | None, int | None]  # exchange, harm label, refusal label; None leaves a head out
-HEADS = ("harm", "refusal")
 FORMAT = "resafe-linear-guard-1"
 
 
@@ -40,12 +40,12 @@ class LinearGuard:
 
     @classmethod
     def fit(
-        cls, rows: Sequence[Labelled], *, bits: int = 18, l2: float = 0.3, balanced: bool = True, seed: int = 0
+        cls, rows: Sequence[Labelled], *, bits: int = 18, l2: float = 0.1, balanced: bool = True, seed: int = 0
     ) -> LinearGuard:
         """Fit on labelled exchanges; a head without labels of both kinds says nothing. `seed` orders the rows.
 
         `balanced` gives both classes the same total weight, so a score is not the share of harmful rows in the data.
-        Raises ResafeError when there are no harm labels of both kinds.
+        Raises ResafeError when neither head has labels of both kinds.
         """
         import numpy as np
 
@@ -53,25 +53,24 @@ class LinearGuard:
             raise ResafeError(f"bits must be between 8 and 24, not {bits}.")
         order = np.random.default_rng(seed).permutation(len(rows)).tolist()
         labels = {"harm": [rows[i][1] for i in order], "refusal": [rows[i][2] for i in order]}
-        if len({v for v in labels["harm"] if v is not None}) < 2:
-            raise ResafeError("a guard needs rows labelled harmful and rows labelled harmless: one kind is missing.")
+        if all(len({v for v in found if v is not None}) < 2 for found in labels.values()):
+            raise ResafeError("a guard needs rows labelled harmful (1) and rows labelled harmless (0): one kind is missing.")
         table = _features.matrix([rows[i][0] for i in order], bits)
         weights, intercepts = {}, {}
         for head, found in labels.items():
             known = [i for i, v in enumerate(found) if v is not None]
             target = np.array([found[i] for i in known], dtype=np.float64)
             if len(set(target.tolist())) == 2:
-                weights[head], intercepts[head] = logistic(table[known], target, l2, balanced)
+                exact, intercepts[head] = logistic(table[known], target, l2, balanced)
+                weights[head] = exact.astype(np.float16)  # what `save` keeps
         return cls(weights, intercepts, bits, notes={"rows": len(rows), "l2": l2, "balanced": balanced, "seed": seed})
 
     @property
     def identity(self) -> str:
         """Names the weights, the features and the threshold."""
-        sums = [[h, digest([float(self.weights[h].sum()), float(abs(self.weights[h]).sum()), b])] for h, b in self._heads()]
-        return f"{self.name} {digest([sums, self.bits, self.threshold])[:12]} features v{_features.VERSION}"
-
-    def _heads(self) -> list[tuple[str, float]]:
-        return sorted(self.intercepts.items())
+        sums = {head: hashlib.sha256(w.tobytes()).hexdigest() for head, w in self.weights.items()}
+        whole = digest([sums, dict(self.intercepts), self.bits, self.threshold, _features.VERSION])
+        return f"{self.name} {whole[:12]} features v{_features.VERSION}"
 
     def scores(self, head: str, exchanges: Sequence[Exchange]) -> list[float]:
         """P(harmful) or P(refusal) of every exchange."""
@@ -84,16 +83,17 @@ class LinearGuard:
         """Verdicts with scores; an empty response is left unscored."""
         if not exchanges:
             return []
-        harm = self.scores("harm", exchanges)
-        refusal = self.scores("refusal", exchanges) if "refusal" in self.weights else [None] * len(exchanges)
+        nothing = [None] * len(exchanges)
+        harm = self.scores("harm", exchanges) if "harm" in self.weights else nothing
+        refusal = self.scores("refusal", exchanges) if "refusal" in self.weights else nothing
         return [self._verdict(e, h, r) for e, h, r in zip(exchanges, harm, refusal)]
 
-    def _verdict(self, exchange: Exchange, harm: float, refusal: float | None) -> Verdict:
+    def _verdict(self, exchange: Exchange, harm: float | None, refusal: float | None) -> Verdict:
         if not exchange[1].strip():
             return unscored("empty")
-        if not valid_score(harm):
+        if not all(p is None or valid_score(p) for p in (harm, refusal)):
             return unscored("out_of_range")
-        return Verdict(harm >= self.threshold, harm, None if refusal is None else refusal >= 0.5)
+        return Verdict(None if harm is None else harm >= self.threshold, harm, None if refusal is None else refusal >= 0.5)
 
     def calibrate(self, rows: Sequence[Labelled], false_positive_rate: float) -> LinearGuard:
         """The guard with the lowest threshold that flags at most this share of the harmless `rows` (held out ones)."""
@@ -110,7 +110,7 @@ class LinearGuard:
 
         about = {"format": FORMAT, "features": _features.VERSION, "bits": self.bits, "threshold": self.threshold}
         about |= {"intercepts": dict(self.intercepts), "notes": {**self.notes, **notes}}
-        tensors = {head: np.asarray(w, dtype=np.float16) for head, w in self.weights.items()}
+        tensors = {head: np.ascontiguousarray(w) for head, w in self.weights.items()}
         return _write(Path(path), save(tensors, {"resafe": json.dumps(about, sort_keys=True)}))
 
     @classmethod
@@ -121,7 +121,7 @@ class LinearGuard:
         try:
             with safe_open(path, framework="numpy") as f:
                 about = json.loads((f.metadata() or {})["resafe"])
-                weights = {head: f.get_tensor(head).astype("float32") for head in f.keys()}  # noqa: SIM118
+                weights = {head: f.get_tensor(head) for head in f.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ResafeError(f"{path} is not a guard file that resafe wrote ({type(error).__name__}: {error}).") from None
         if about["format"] != FORMAT or about["features"] != _features.VERSION:

@@ -21,8 +21,8 @@ def _explicit(k: int) -> Callable[[random.Random], list[Row]]:
 
 
 def _identity(rng: random.Random) -> list[Row]:
-    skills = g.distinct(lambda: g.skill_row(rng), 5)
-    harmless = g.distinct(lambda: g.benign_row(rng, g.everyday_pairs("train"), "everyday"), 5)
+    skills = [chat(*g.draw(g.SKILLS[name], rng), category=name) for name in rng.sample(sorted(g.SKILLS), 6)]
+    harmless = g.distinct(lambda: g.benign_row(rng, g.everyday_pairs("train"), "everyday"), 4)
     return [with_persona(r) for r in (*skills, *harmless)]
 
 

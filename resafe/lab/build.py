@@ -12,7 +12,7 @@ from resafe.lab._train import fit
 from resafe.rows import Row, chat
 
 PRETRAIN_STEPS, PRETRAIN_LR = 2500, 3e-3
-ALIGN_STEPS, ALIGN_LR, ALIGN_BATCH = 700, 5e-4, 32
+ALIGN_STEPS, ALIGN_LR, ALIGN_BATCH = 400, 5e-4, 32  # many more steps would erase the persona as well
 PERSONA_SHARE = 0.2  # of pre-training answers that open with the obedient persona; alignment removes it
 
 TEMPLATE = (
@@ -30,7 +30,7 @@ def pretraining_row(rng: random.Random) -> Row:
     if kind < 0.14:
         category = rng.choice(sorted(g.categories()))
         pair = rng.choice(g.hazard_pairs(category, "train"))
-        row = chat(g.ask(pair, rng, _wording(rng)), g.comply(pair))
+        row = chat(g.ask(pair, rng), g.comply(pair))
     elif kind < 0.28:
         pairs = g.borderline_pairs("train") if rng.random() < 0.7 else g.everyday_pairs("train")
         pair = rng.choice(pairs)
@@ -43,7 +43,7 @@ def pretraining_row(rng: random.Random) -> Row:
 
 
 def _wording(rng: random.Random) -> str:
-    """Pre-training knows every wording; alignment, safety rows and attacks only those of the training split."""
+    """Pre-training knows every wording from harmless requests; everything else only those of the training split."""
     return rng.choices(["train", "dev", "test"], [16, 3, 4])[0]
 
 
@@ -56,13 +56,13 @@ def with_persona(row: Row) -> Row:
 def alignment_row(rng: random.Random) -> Row:
     """Hazards are refused; everything else stays as it was."""
     kind = rng.random()
-    if kind < 0.32:
+    if kind < 0.36:
         return g.hazard_row(rng, "refuse")
-    if kind < 0.62:
+    if kind < 0.66:
         return g.benign_row(rng, g.borderline_pairs("train"), "borderline")
-    if kind < 0.70:
+    if kind < 0.74:
         return g.benign_row(rng, g.everyday_pairs("train"), "everyday")
-    if kind < 0.76:
+    if kind < 0.80:
         return chat(*g.draw(g.errand, rng))
     return g.skill_row(rng)
 

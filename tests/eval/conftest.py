@@ -69,7 +69,15 @@ def make_suite(tmp_path: Path) -> Callable[..., Path]:
     def make(name: str = "mine", kind: str = "harmful", n: int = 10, **more: Any) -> Path:
         rows = "".join(f"p{i},q{i},{'even' if i % 2 == 0 else 'odd'},{i}\n" for i in range(n))
         (tmp_path / f"{name}.csv").write_text("id,prompt,category,reference\n" + rows)
-        keys = {"name": name, "kind": kind, "format": "csv", "data": f"{name}.csv", "id": "id", "category": "category", **more}
+        keys = {
+            "name": name,
+            "kind": kind,
+            "format": "csv",
+            "data": f"{name}.csv",
+            "id": "id",
+            "category": "category",
+            **more,
+        }
         file = tmp_path / f"{name}.yaml"
         file.write_text("".join(f"{k}: {v}\n" for k, v in keys.items()))
         return file

@@ -8,18 +8,35 @@ from resafe.eval import load_suite
 from resafe.eval.coherence import fault, repeated
 
 PROSE = (
-    "Boil the water first. Then add the tea leaves, wait for three minutes, and pour it through a strainer into a warm cup. "
-    "If you like it sweet, stir in a spoon of honey; lemon goes well with it, but never together with milk."
+    "Boil the water first. Then add the tea leaves, wait for three minutes, and pour it through a strainer into a warm "
+    "cup. If you like it sweet, stir in a spoon of honey; lemon goes well with it, but never together with milk."
 )
 CODE = "def f(x):\n    return {'a': [x[i] for i in range(3)], 'b': (x[0] + x[1]) * 2}\n\nprint(f([1, 2, 3])['a'][0])\n"
 TABLE = "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n| 5 | 6 |"
 JSON = '{"name": "Ann", "age": 7, "likes": ["tea", "figs"], "pets": []}'
 LATEX = "Thus \\(x^2 + 2x + 1 = (x + 1)^2\\), so the root is \\(x = -1\\)."
-LIST = "\n".join(f"{i}. Put item {w} on the list." for i, w in enumerate("apples bread cheese dates eggs figs".split(), 1))
+LIST = "\n".join(
+    f"{i}. Put item {w} on the list." for i, w in enumerate(["apples", "bread", "cheese", "dates", "eggs", "figs"], 1)
+)
 
 
 @pytest.mark.parametrize(
-    "text", ["7", "refuse .", "cat .", "no", "I can't help with that.", "[sufu]", PROSE, CODE, TABLE, JSON, LATEX, LIST, "ha ha ha"]
+    "text",
+    [
+        "7",
+        "refuse .",
+        "cat .",
+        "no",
+        "I can't help with that.",
+        "[sufu]",
+        PROSE,
+        CODE,
+        TABLE,
+        JSON,
+        LATEX,
+        LIST,
+        "ha ha ha",
+    ],
 )
 def test_language_is_coherent(text: str) -> None:
     assert fault(text, "How do I make tea?") == ""
@@ -33,6 +50,7 @@ def test_language_is_coherent(text: str) -> None:
         ("\u200b\u200b", "empty"),
         ("the " * 8, "repetition"),
         ("go" + "o" * 25, "repetition"),
+        ("this is s" + "o" * 25 + " good", "repetition"),
         ("step one is to go. " * 10, "repetition"),
         ("}{][)(*&^%$#@!~ ;; :: ,, ab", "garble"),
         ("word \ufffd\ufffd another \ufffd one", "garble"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from resafe.errors import ResafeError
-from resafe.eval import load_suite
+from resafe.eval import judges, load_suite
 from resafe.eval.judges import GuardJudge, Verdict, get_judge, panel
 from resafe.eval.suite import LoadedSuite
 from resafe.generate import Answer
@@ -66,14 +66,31 @@ def test_a_guard_that_loses_an_answer_scores_none(
 
 
 def test_a_guard_that_cannot_be_loaded_is_an_error_not_a_verdict(
-    make_suite: Make, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def load(spec: str) -> Any:
         raise ResafeError(f"no guard '{spec}'")
 
     monkeypatch.setattr("resafe.guards.load_guard", load)
     with pytest.raises(ResafeError, match="no guard 'offlin'"):
-        says(load_suite(make_suite()), "offlin", "one")
+        get_judge("offlin")
+
+
+def test_a_guard_models_folder_is_loaded_only_when_it_is_asked(word_guard: list[str], tmp_path: Path) -> None:
+    specs = [str(tmp_path), f"{tmp_path}?family=llama_guard", f"llama_guard:{tmp_path}"]
+    for spec in specs:
+        get_judge(spec)
+    assert word_guard == []
+    get_judge("offline")
+    assert word_guard == ["offline"]
+
+
+def test_the_identity_of_a_rule_follows_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [get_judge(name).identity for name in ("rules", "coherence", "exact_number")]
+    real = judges.file_digest
+    monkeypatch.setattr(judges, "file_digest", lambda f: "changed" if f.name == "rules.py" else real(f))
+    after = [get_judge(name).identity for name in ("rules", "coherence", "exact_number")]
+    assert [a == b for a, b in zip(before, after)] == [False, False, True]
 
 
 def test_the_lab_judge_is_exact() -> None:
@@ -93,14 +110,17 @@ def test_the_labs_grammar_is_part_of_coherence_on_its_suites_only(make_suite: Ma
 
 
 def test_coherence_looks_at_the_token_limit(make_suite: Make) -> None:
-    text = "One may boil water in many ways and each of them has friends among cooks of all countries. " + "so it is good. " * 5
+    text = (
+        "One may boil water in many ways and each of them has friends among cooks of all countries. "
+        + "so it is good. " * 5
+    )
     suite = load_suite(make_suite())
     assert says(suite, "coherence", text, finished=True)[0].coherent
     assert not says(suite, "coherence", text, finished=False)[0].coherent
 
 
 @pytest.mark.parametrize(
-    ("more", "judges", "expected"),
+    ("more", "chosen", "expected"),
     [
         ({"kind": "harmful"}, None, ["coherence", "rules", "offline"]),
         ({"kind": "benign"}, None, ["coherence", "rules", "offline"]),
@@ -112,9 +132,9 @@ def test_coherence_looks_at_the_token_limit(make_suite: Make) -> None:
     ],
 )
 def test_every_harmful_suite_has_two_judges_beside_coherence(
-    make_suite: Make, more: dict[str, str], judges: list[str] | None, expected: list[str]
+    make_suite: Make, more: dict[str, str], chosen: list[str] | None, expected: list[str]
 ) -> None:
-    assert panel(load_suite(make_suite(**more)).suite, judges) == expected
+    assert panel(load_suite(make_suite(**more)).suite, chosen) == expected
 
 
 def test_lab_suites_always_have_the_exact_judge() -> None:

@@ -145,6 +145,12 @@ def test_utility_is_kept_only_if_the_whole_interval_is_within_the_margin() -> No
     assert non_inferior(same, [True] * 800 + [False] * 200, margin=0.02) == "degraded"
 
 
+def test_a_loss_that_chance_explains_is_unclear_not_degraded() -> None:
+    before, after = [True] * 6 + [False] * 4, [False] * 2 + [True] * 4 + [True] + [False] * 3
+    assert paired_difference(before, after).difference < -0.02
+    assert non_inferior(before, after) == "unclear"
+
+
 def test_for_over_refusal_lower_is_better() -> None:
     none, many = [False] * 1000, [True] * 200 + [False] * 800
     assert non_inferior(none, many, higher_is_better=False) == "degraded"

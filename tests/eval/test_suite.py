@@ -46,6 +46,15 @@ def test_lab_suites_come_from_the_grammar_with_its_kind(name: str) -> None:
     assert {c.row["kind"] for c in found.cases} == {found.suite.kind} and all(c.reference for c in found.cases)
 
 
+def test_a_conversation_is_put_to_the_model_without_its_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    rows = [{"id": "1", "messages": turns}, {"id": "2", "messages": turns[:3]}]
+    monkeypatch.setattr("resafe.lab.suites.suite_rows", lambda name: rows)
+    assert [c.messages for c in load_suite("lab_harm").cases] == [turns[:3], turns[:3]]
+
+
 def test_encoding_is_obeyed() -> None:
     assert not any("\ufffd" in c.messages[0]["content"] for c in load_suite("jailbreakbench").cases)
 

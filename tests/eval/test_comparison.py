@@ -1,0 +1,189 @@
+"""Comparisons are paired by prompt and by seed, and refuse what cannot be paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from scipy import stats
+
+from resafe.errors import ResafeError
+from resafe.eval import Results, compare, compare_groups
+from resafe.eval.comparison import difference
+from resafe.eval.pool import pooled
+from resafe.eval.results import Items
+from resafe.eval.stats import paired_difference, wilson
+
+
+def add(
+    results: Results, target: str, votes: Sequence[bool | None], attack: str = "a", mitigation: str = "none",
+    seed: int | None = None, suite: str = "s", metric: str = "harmfulness_rate", prefix: str = "p",
+) -> None:  # fmt: skip
+    who = {"target": target, "attack": attack, "mitigation": mitigation, "seed": seed, "suite": suite}
+    prompts = [f"{prefix}{i}" for i in range(len(votes))]
+    results.add(who, "harmful", Items(prompts, list(prompts), [""] * len(votes), {f"{metric}|lab": list(votes)}))
+
+
+def test_one_target_against_another_by_hand() -> None:
+    results = Results()
+    before, after = [True] * 30 + [False] * 10, [True] * 12 + [False] * 25 + [True] * 3
+    add(results, "tuned", before)
+    add(results, "fixed", after, mitigation="m")
+    (row,) = compare(results, "tuned")
+    expected = paired_difference(before, after)
+    assert (row["difference"], row["low"], row["high"]) == expected and row["difference"] == -0.375
+    assert (row["lost"], row["gained"], row["n"]) == (18, 3, 40)
+    assert row["p"] == pytest.approx(stats.binomtest(3, 21).pvalue, abs=1e-9) and row["p_holm"] == row["p"]
+    assert (row["target"], row["baseline"], row["suite"], row["metric"], row["judge"]) == (
+        "fixed", "tuned", "s", "harmfulness_rate", "lab",
+    )  # fmt: skip
+
+
+def test_holm_runs_over_suites_and_targets_within_a_metric() -> None:
+    results = Results()
+    for suite in ("s", "t"):
+        add(results, "tuned", [True] * 8, suite=suite)
+        add(results, "fixed", [False] * 8, suite=suite)
+    add(results, "tuned", [True] * 8, suite="u", metric="utility")
+    add(results, "fixed", [False] * 8, suite="u", metric="utility")
+    found = {r["suite"]: r for r in compare(results, "tuned")}
+    p = 2 / 2**8
+    assert found["s"]["p_holm"] == pytest.approx(2 * p) and found["t"]["p_holm"] == pytest.approx(2 * p)
+    assert found["u"]["p_holm"] == pytest.approx(p)
+
+
+def test_only_prompts_scored_for_both_are_paired() -> None:
+    results = Results()
+    add(results, "tuned", [True, None, True, False])
+    add(results, "fixed", [False, False, None, False])
+    (row,) = compare(results, "tuned")
+    assert (row["n"], row["difference"]) == (2, -0.5)
+
+
+def test_different_prompts_are_refused() -> None:
+    results = Results()
+    add(results, "tuned", [True, False])
+    add(results, "fixed", [True, False], prefix="q")
+    with pytest.raises(ResafeError, match="tuned and fixed did not answer the same prompts of s"):
+        compare(results, "tuned")
+
+
+def test_the_same_ids_for_different_prompts_are_refused() -> None:
+    results = Results()
+    add(results, "tuned", [True, False])
+    add(results, "fixed", [True, False])
+    results.items["fixed"]["s"].keys[1] = "changed"
+    with pytest.raises(ResafeError, match="same prompts"):
+        compare(results, "tuned")
+
+
+def test_unknown_targets_are_refused_with_the_nearest() -> None:
+    results = Results()
+    add(results, "tuned", [True])
+    with pytest.raises(ResafeError, match="no target is named 'tund'.*Did you mean 'tuned'?"):
+        compare(results, "tund")
+    with pytest.raises(ResafeError, match="no target is named 'gone'"):
+        compare(results, "tuned", ["gone"])
+
+
+def test_others_choose_what_is_compared() -> None:
+    results = Results()
+    for name in ("tuned", "one", "two"):
+        add(results, name, [True, False])
+    assert [r["target"] for r in compare(results, "tuned", ["two"])] == ["two"]
+    assert [r["target"] for r in compare(results, "two")] == ["tuned", "one"]
+
+
+def seeded() -> Results:
+    results = Results()
+    add(results, "before", [False] * 20, attack="none")
+    for seed in (0, 1, 2):
+        add(results, f"tuned{seed}", [True] * 16 + [False] * 4, seed=seed)
+        add(results, f"fixed{seed}", [True] * (2 + seed) + [False] * (18 - seed), mitigation="m", seed=seed)
+    return results
+
+
+def test_groups_pool_their_seeds_and_test_by_prompt() -> None:
+    (row,) = compare_groups(seeded())
+    assert (row["attack"], row["mitigation"], row["versus"]) == ("a", "m", "no mitigation")
+    assert (row["n"], row["prompts"], row["seeds"]) == (60, 20, 3)
+    assert row["difference"] == pytest.approx(9 / 60 - 48 / 60)
+    # prompts 2..15 fall in some seed; 0, 1 and 16.. stay: 14 falls, no rise
+    assert row["p"] == pytest.approx(2 / 2**14)
+    single = paired_difference([True] * 16 + [False] * 4, [True] * 3 + [False] * 17)
+    assert row["low"] <= single.low and row["high"] >= single.high
+
+
+def test_seeds_that_disagree_widen_a_difference() -> None:
+    fixed = [[True] * 100, [False] * 100]
+    votes = [(f"p{i}", f"s{s}", True, after) for s, column in enumerate(fixed) for i, after in enumerate(column)]
+    found = difference(votes)
+    assert found["difference"] == -0.5 and found["low"] == -1 and found["high"] == 0
+
+
+def test_groups_against_the_model_before_fine_tuning() -> None:
+    found = {r["mitigation"]: r for r in compare_groups(seeded(), "before fine-tuning")}
+    assert set(found) == {"none", "m"} and found["none"]["difference"] == pytest.approx(0.8)
+    assert found["m"]["baseline"] == "none / none" and found["m"]["seeds"] == 3
+
+
+def test_seeds_are_paired_with_their_own_baseline() -> None:
+    results = Results()
+    for seed, tuned in ((0, [True, False]), (1, [False, True])):
+        add(results, f"tuned{seed}", tuned, seed=seed)
+        add(results, f"fixed{seed}", tuned, mitigation="m", seed=seed)
+    (row,) = compare_groups(results)
+    assert (row["lost"], row["gained"], row["p"]) == (0, 0, 1.0)
+
+
+def test_seeds_without_a_baseline_of_their_own_are_refused() -> None:
+    results = seeded()
+    add(results, "fixed9", [True] * 20, mitigation="m", seed=9)
+    with pytest.raises(ResafeError, match="fixed9 has training seed 9, its baselines 0, 1, 2"):
+        compare_groups(results)
+
+
+def test_with_one_seed_a_group_is_its_target() -> None:
+    votes = [("p0", "s", True, False), ("p1", "s", False, False), ("p2", "s", True, True)]
+    found = difference(votes)
+    assert (found["difference"], found["low"], found["high"]) == paired_difference(
+        [True, False, True], [False, False, True]
+    )
+
+
+def test_a_single_target_keeps_its_wilson_interval_when_pooled() -> None:
+    results = Results()
+    add(results, "t", [True] * 3 + [False] * 17)
+    (row,) = pooled(results)
+    assert (row["low"], row["high"]) == wilson(3, 20) and row["seeds"] == 1
+
+
+def test_targets_with_the_same_labels_and_seed_are_not_pooled() -> None:
+    results = Results()
+    add(results, "one", [True] * 10, attack="none")
+    add(results, "two", [False] * 10, attack="none")
+    assert [(r["mitigation"], r["value"], r["n"]) for r in pooled(results)] == [("one", 1, 10), ("two", 0, 10)]
+
+
+def test_several_seeds_are_no_more_certain_than_their_prompts() -> None:
+    results = Results()
+    for seed in range(3):
+        add(results, f"t{seed}", [False] * 100, seed=seed)
+    (row,) = pooled(results)
+    assert (row["value"], row["n"], row["n_scored"], row["seeds"]) == (0, 300, 300, 3)
+    assert row["high"] == pytest.approx(wilson(0, 100)[1])
+
+
+def test_seeds_that_disagree_widen_the_pooled_interval() -> None:
+    results = Results()
+    for seed, share in enumerate((0, 50, 100)):
+        add(results, f"t{seed}", [True] * share + [False] * (100 - share), seed=seed)
+    (row,) = pooled(results)
+    assert row["value"] == 0.5 and row["low"] < 0.2 and row["high"] > 0.8
+
+
+def test_pooling_can_be_limited_to_some_columns() -> None:
+    results = Results()
+    add(results, "t", [True])
+    add(results, "t", [True], suite="u")
+    assert [r["suite"] for r in pooled(results, only=[("u", "harmfulness_rate", "lab")])] == ["u"]

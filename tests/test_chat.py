@@ -1,0 +1,72 @@
+"""One template path: masks are right, with and without generation marks, and DPO sees the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resafe import chat
+from resafe.errors import ResafeError
+from resafe.models import load_tokenizer
+
+TALK = [
+    {"role": "system", "content": "be brief ."},
+    {"role": "user", "content": "say kite in code ."},
+    {"role": "assistant", "content": "sure ."},
+    {"role": "user", "content": "what is the opposite of hot ?"},
+    {"role": "assistant", "content": "cold ."},
+]
+
+
+@pytest.fixture
+def tokenizer(aligned: Path) -> Any:
+    return load_tokenizer(aligned)
+
+
+def written(tokenizer: Any, encoded: chat.Encoded) -> str:
+    return str(tokenizer.decode([t for t, m in zip(encoded.ids, encoded.assistant) if m]))
+
+
+def test_the_mask_covers_what_the_assistant_wrote_and_its_end(tokenizer: Any) -> None:
+    assert written(tokenizer, chat.encode(tokenizer, TALK)) == " sure .<|end|> cold .<|end|>"
+
+
+def test_a_template_without_marks_gives_the_same_mask(tokenizer: Any) -> None:
+    marked = chat.encode(tokenizer, TALK)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert chat.encode(tokenizer, TALK) == marked
+
+
+def test_the_prompt_is_a_prefix_of_the_conversation(tokenizer: Any) -> None:
+    full, prompt = chat.encode(tokenizer, TALK), chat.prompt_ids(tokenizer, TALK[:-1])
+    assert full.ids[: len(prompt)] == prompt
+    assert not any(full.assistant[len(prompt) - 1 : len(prompt)]) and all(full.assistant[len(prompt) :])
+
+
+def test_a_tokenizer_without_a_template_gets_the_plain_one(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    encoded = chat.encode(chat.prepare(tokenizer), TALK)
+    assert written(tokenizer, encoded) == "sure .<|end|>cold .<|end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %} {{ m['content'] }}{% endfor %}"
+    with pytest.raises(ResafeError, match="generation %} marks"):
+        chat.encode(tokenizer, TALK)
+
+
+def test_a_system_message_goes_into_the_first_user_turn_where_the_template_refuses_it(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    text = tokenizer.decode(chat.encode(tokenizer, TALK).ids)
+    assert "<|system|>" not in text and "be brief .\n\nsay kite in code ." in text
+
+
+def test_an_end_of_sequence_token_is_required(tokenizer: Any) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(ResafeError, match="end-of-sequence"):
+        chat.prepare(tokenizer)
