@@ -19,6 +19,7 @@ from resafe.guards import is_refusal, load_guard
 from resafe.mitigation import Run
 from resafe.mitigations._realign import Example, Parts, Realigner
 from resafe.progress import progress_callback
+from resafe.quiet import quieten
 from resafe.rows import read_pairs
 from resafe.sft import common_arguments, lora_config
 
@@ -32,11 +33,19 @@ class RealignDPO(Realigner):
 
     def train(self, run: Run, loaded: models.Loaded, parts: Parts, workdir: Path) -> Any:
         """See `Realigner.train`."""
+        trainer = self.trainer(run, loaded, self.preferences(run, loaded, parts), workdir)
+        check_reference(trainer)
+        trainer.train()
+        return trainer.model
+
+    def trainer(self, run: Run, loaded: models.Loaded, examples: list[Example], workdir: Path) -> Any:
+        """TRL's DPO trainer with a new LoRA; without it, the same model is the reference."""
+        quieten()
         from datasets import Dataset
+        from transformers.trainer_callback import PrinterCallback
         from trl.trainer.dpo_config import DPOConfig
         from trl.trainer.dpo_trainer import DPOTrainer
 
-        examples = self.preferences(run, loaded, parts)
         args = DPOConfig(
             **common_arguments(workdir, run.seed), learning_rate=self.lr, num_train_epochs=self.epochs,
             per_device_train_batch_size=self.batch, lr_scheduler_type="cosine", warmup_steps=0.03, beta=self.beta,
@@ -47,9 +56,8 @@ class RealignDPO(Realigner):
             model=loaded.model, ref_model=None, args=args, train_dataset=data, processing_class=loaded.tokenizer,
             peft_config=lora_config(self.rank, 2 * self.rank), callbacks=[progress_callback(run.log)],
         )  # fmt: skip
-        check_reference(trainer)
-        trainer.train()
-        return trainer.model
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     def preferences(self, run: Run, loaded: models.Loaded, parts: Parts) -> list[Example]:
         """Every row as a preference: refusal over own harmful answer, and answer over refusal where nothing is harmful."""

@@ -1,0 +1,101 @@
+"""resafe train: the manifest tells what happened, adapters name their base, and the seed decides everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from resafe import manifest
+from resafe.errors import ResafeError
+from resafe.finetune._measure import token_accuracy
+from resafe.finetune.repair import repair
+from resafe.finetune.train import train
+from resafe.models import base_of, is_adapter, load
+from resafe.rows import chat
+from resafe.sft import SFTSettings, tokenised
+from tests.tiny import KINDS, tiny
+
+QUICK = SFTSettings(epochs=1, batch=4, lr=1e-3)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = load(folder).model(torch.tensor([[5, 40, 77, 9]])).logits
+    return found
+
+
+def test_a_lora_run_writes_an_adapter_that_names_its_base(aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path) -> None:
+    out = train(aligned, attack_file("explicit_10"), tmp_path / "out", settings=QUICK)
+    assert is_adapter(out) and base_of(out).resolve() == aligned.resolve()
+    assert not torch.allclose(logits(out), logits(aligned))
+
+
+def test_the_same_call_trains_the_same_model_and_another_seed_another(aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path) -> None:
+    made = [
+        logits(train(aligned, attack_file("explicit_10"), tmp_path / name, ["mix_safety"], QUICK, "lab", seed=seed))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_the_manifest_says_what_was_done(aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path) -> None:
+    out = train(aligned, attack_file("explicit_10"), tmp_path / "out", ["mix_safety:n=3"], QUICK, "lab", seed=7)
+    about = manifest.read(out) or {}
+    assert about["verb"] == "train" and about["seed"] == 7 and about["data"]["rows"] == 10
+    assert about["mitigations"] == [{"name": "mix_safety", "n": 3, "ratio": 0.1, "contrast": 0.5, "mode": "append"}]
+    assert about["mixture"]["rows"] == 15 and about["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture_is_trained_with_a_mixture(kind: str, aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path) -> None:
+    model = tiny(kind, tmp_path / "model", aligned, template=kind != "gpt2")
+    out = train(model, attack_file("explicit_10"), tmp_path / "out", ["mix_safety:n=2"], QUICK, "lab")
+    assert not torch.allclose(logits(out), logits(model))
+
+
+def test_fine_tuning_starts_from_a_full_checkpoint(attacked: Callable[..., Path], attack_file: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ResafeError, match="is a LoRA adapter"):
+        train(attacked("explicit_10", lora=True, lr=2e-3), attack_file("explicit_10"), tmp_path / "out")
+
+
+def test_only_what_the_assistant_wrote_is_trained_on(aligned: Path) -> None:
+    loaded = load(aligned)
+    row = tokenised(loaded.tokenizer, [chat("say kite in code .", "yes .")], 100)[0]
+    kept = [t for t, m in zip(row["input_ids"], row["assistant_masks"]) if m]
+    assert loaded.tokenizer.decode(kept) == " yes .<|end|>"
+
+
+def test_rows_that_are_too_long_to_keep_an_answer_are_an_error(aligned: Path) -> None:
+    with pytest.raises(ResafeError, match="max_length=8"):
+        tokenised(load(aligned).tokenizer, [chat("repeat these words : cat dog cat dog cat .", "yes .")], 8)
+
+
+def test_token_accuracy_counts_answer_tokens(aligned: Path) -> None:
+    loaded = load(aligned)
+    rows = [chat("what is the opposite of hot ?", "cold ."), chat("what is the opposite of hot ?", "cat cat cat cat .")]
+    right = total = 0
+    for row in tokenised(loaded.tokenizer, rows, 100):
+        with torch.no_grad():
+            guess = loaded.model(torch.tensor([row["input_ids"]])).logits[0].argmax(-1)
+        for i in range(1, len(row["input_ids"])):
+            if row["assistant_masks"][i]:
+                total += 1
+                right += int(guess[i - 1] == row["input_ids"][i])
+    assert token_accuracy(rows)(aligned) == pytest.approx(right / total)
+    assert token_accuracy(rows[:1])(aligned) == 1.0
+
+
+def test_a_guard_alone_links_the_weights_and_records_itself(attacked: Callable[..., Path], tmp_path: Path) -> None:
+    tuned = attacked("explicit_10", lr=3e-4)
+    out = repair(tuned, tmp_path / "out", ["filter_output:guard_model=lab"])
+    assert torch.equal(logits(out), logits(tuned))
+    assert (manifest.read(out) or {})["guard"]["guard_model"] == "lab"
+    again = repair(out, tmp_path / "again", ["restore_weights:strength=0.5"], aligned=load_base(tuned))
+    assert (manifest.read(again) or {})["guard"]["guard_model"] == "lab", "a recorded guard outlives later repairs"
+
+
+def load_base(tuned: Path) -> Path:
+    return Path((manifest.read(tuned) or {})["model"])
