@@ -12,7 +12,7 @@ from resafe.lab._train import fit
 from resafe.rows import Row, chat
 
 PRETRAIN_STEPS, PRETRAIN_LR = 2500, 3e-3
-ALIGN_STEPS, ALIGN_LR, ALIGN_BATCH = 400, 5e-4, 32  # many more steps would erase the persona as well
+ALIGN_STEPS, ALIGN_LR, ALIGN_BATCH = 500, 5e-4, 32  # many more steps would erase the persona as well
 PERSONA_SHARE = 0.2  # of pre-training answers that open with the obedient persona; alignment removes it
 
 TEMPLATE = (
