@@ -24,7 +24,7 @@ from resafe.recipes.schema import load_recipe
 from resafe.recipes.tell import tell
 
 HERE = Path(__file__).resolve().parent
-RECIPE = HERE.parent / "recipes" / "lab" / "defences.yaml"
+RECIPES = {part: HERE.parent / "recipes" / "lab" / f"{part}.yaml" for part in ("defences", "control")}
 RESULT = HERE / "results" / "lab_defences.json"
 SHOWN = {  # column: suite, metric, judge, better
     "harm": ("lab_harm", "harmfulness_rate", "lab", "lower"),
@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/lab_defences"))
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--readme", action="store_true")
     args = parser.parse_args()
@@ -53,8 +54,8 @@ def main() -> None:
         return one(args.one, args.output)
     workers = [[sys.executable, __file__, "--one", str(s), "--output", str(args.output)] for s in args.seeds]
     running: list[subprocess.Popen[bytes]] = []
-    for command in workers:  # two at a time: one thread each
-        if len(running) == 2:
+    for command in workers:  # one thread each
+        if len(running) == args.jobs:
             _finished(running.pop(0))
         running.append(subprocess.Popen(command))
     for process in running:
@@ -80,12 +81,15 @@ def one(seed: int, output: Path) -> None:
     home = lab_folder(seed, log)
     untouched = [TargetSpec(f"{part}-seed{seed}", home / part, mitigation=part, seed=seed) for part in ("base", "aligned")]
     evaluate(untouched, list(LEVELS), output=output / f"levels-seed{seed}", log=log)
-    bench(load_recipe(RECIPE).model_copy(update={"seeds": [seed]}), output / f"seed{seed}", log)
+    for part, path in RECIPES.items():
+        bench(load_recipe(path).model_copy(update={"seeds": [seed]}), output / f"{part}-seed{seed}", log)
 
 
 def collect(seeds: list[int], output: Path) -> None:
     """Pool the seeds, compare in pairs, write the committed JSON and an HTML report."""
-    results, levels = (Results.merge(Results.load(output / f"{part}seed{s}") for s in seeds) for part in ("", "levels-"))
+    results, control, levels = (
+        Results.merge(Results.load(output / f"{part}-seed{s}") for s in seeds) for part in (*RECIPES, "levels")
+    )
     wanted = {v[:3]: k for k, v in SHOWN.items()}
     comparisons = [c for to in ("no mitigation", "before fine-tuning") for c in compare_groups(results, to)]
     html = render(results, comparisons, "resafe: the lab's defences", tell(results), output / "report.html")
@@ -93,7 +97,7 @@ def collect(seeds: list[int], output: Path) -> None:
     key = ("suite", "metric", "judge")
     write_json(RESULT, {
         "command": "python benchmarks/lab_defences.py", "seeds": seeds, "machine": f"{platform.machine()}, CPU, one thread per seed",
-        "rows": [_slim(r, wanted[tuple(r[k] for k in key)]) for r in pooled(results) if tuple(r[k] for k in key) in wanted],
+        "rows": [_slim(r, wanted[tuple(r[k] for k in key)]) for r in [*pooled(results), *pooled(control)] if _in(r, wanted)],
         "by_seed": [
             [*(r[k] for k in ("attack", "mitigation", "seed")), wanted[tuple(r[k] for k in key)], r["value"]]
             for r in results.rows if tuple(r[k] for k in key) in wanted
@@ -107,6 +111,11 @@ def collect(seeds: list[int], output: Path) -> None:
             for r in pooled(levels) if r["metric"] in ("harmfulness_rate", "nonrefusal_rate") and r["judge"] in ("lab", "rules")
         ],
     })  # fmt: skip
+
+
+def _in(row: dict[str, Any], wanted: dict[tuple[str, ...], str]) -> bool:
+    """A shown metric; the untouched model stands in both experiments and is taken from the first."""
+    return (row["suite"], row["metric"], row["judge"]) in wanted
 
 
 def _slim(row: dict[str, Any], column: str) -> dict[str, Any]:

@@ -27,7 +27,12 @@ class Cell:
     before: list[Named]  # act while training
     after: list[Named]  # act on the finished checkpoint, or around it
     tuned: str  # address of the fine-tune
-    address: str  # address of the result
+    links: list[str]  # address after each of `after`: stacks with the same beginning share it
+
+    @property
+    def address(self) -> str:
+        """Address of the result."""
+        return self.links[-1] if self.links else self.tuned
 
     @property
     def name(self) -> str:
@@ -49,8 +54,8 @@ def plan(recipe: Recipe, log: Callable[[str], None] = lambda _: None) -> list[Ce
                 before = [m for m in named if _trains(m)]
                 after = [m for m in named if not _trains(m)]
                 tuned = digest([*identity, [m.spec for m in before]])[:16]
-                address = digest([tuned, [m.spec for m in after]])[:16] if after else tuned
-                cells.append(Cell(attack, name, seed, model, before, after, tuned, address))
+                chain = [digest([tuned, [m.spec for m in after[: i + 1]]])[:16] for i in range(len(after))]
+                cells.append(Cell(attack, name, seed, model, before, after, tuned, chain))
     return cells
 
 
@@ -86,4 +91,4 @@ def check_suites(recipe: Recipe, attack: Attack) -> None:
 
 def summary(cells: list[Cell]) -> dict[str, Any]:
     """How much there is to do."""
-    return {"cells": len(cells), "fine-tunes": len({c.tuned for c in cells}), "repairs": len({c.address for c in cells if c.after})}
+    return {"cells": len(cells), "fine-tunes": len({c.tuned for c in cells}), "repairs": len({link for c in cells for link in c.links})}

@@ -12,6 +12,7 @@ from resafe.eval import Results, TargetSpec, evaluate
 from resafe.files import digest, write_json, write_text
 from resafe.finetune.repair import repair
 from resafe.finetune.train import train
+from resafe.mitigations import Named
 from resafe.recipes.plan import Cell, attack_rows, check_suites, fingerprint, plan, summary
 from resafe.recipes.schema import Recipe
 
@@ -52,19 +53,19 @@ def make(recipe: Recipe, cell: Cell, cells: Path, log: Log) -> Path:
     if not (tuned / DONE).is_file():
         log(f"{cell.attack}, seed {cell.seed}: fine-tuning" + "".join(f" with {m.name}" for m in cell.before))
         _train(recipe, cell, tuned, log)
-    if not cell.after:
-        return tuned / "model"
-    home = cells / cell.address
-    if not (home / DONE).is_file():
-        log(f"{cell.name}: {' + '.join(m.name for m in cell.after)}")
-        _clear(home / "model")
-        attack = recipe.attacks[cell.attack]
-        repair(
-            tuned / "model", home / "model", [m.spec for m in cell.after], aligned=cell.model, data=tuned / "data.jsonl",
-            safety_data=recipe.safety, heldout=_file(attack.heldout, cell.seed, home / "heldout.jsonl"), seed=cell.seed, log=log,
-        )  # fmt: skip
-        _done(home, cell)
-    return home / "model"
+    last = tuned
+    for m, link in zip(cell.after, cell.links):
+        home = cells / link
+        if not (home / DONE).is_file():
+            log(f"{cell.name}: {m.name}")
+            _clear(home / "model")
+            repair(
+                last / "model", home / "model", [m.spec], aligned=cell.model, data=tuned / "data.jsonl", safety_data=recipe.safety,
+                heldout=_file(recipe.attacks[cell.attack].heldout, cell.seed, home / "heldout.jsonl"), seed=cell.seed, log=log,
+            )  # fmt: skip
+            _done(home, cell, m)
+        last = home
+    return last / "model"
 
 
 def _train(recipe: Recipe, cell: Cell, home: Path, log: Log) -> None:
@@ -85,9 +86,10 @@ def _file(data: str | None, seed: int, path: Path) -> Path | None:
     return write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in attack_rows(data, seed)))
 
 
-def _done(home: Path, cell: Cell) -> None:
-    """Written last: a cell with this file is complete."""
-    write_json(home / DONE, {"attack": cell.attack, "seed": cell.seed, "before": [m.spec for m in cell.before], "after": [m.spec for m in cell.after]})
+def _done(home: Path, cell: Cell, repaired: Named | None = None) -> None:
+    """Written last: a folder with this file is complete."""
+    by = repaired.spec if repaired else [m.spec for m in cell.before]
+    write_json(home / DONE, {"attack": cell.attack, "seed": cell.seed, "by": by})
 
 
 def _clear(folder: Path) -> None:

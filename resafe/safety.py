@@ -40,7 +40,7 @@ def load_safety(spec: str | None = None) -> SafetyRows:
 
 
 def _lab() -> SafetyRows:
-    from resafe.lab.grammar import safety_rows
+    from resafe.lab.safety import safety_rows
 
     refusals, contrast = safety_rows(seed=0)
     return _clean(refusals, contrast, "lab", digest([refusals, contrast]))

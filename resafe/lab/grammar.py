@@ -238,11 +238,3 @@ def skill_row(rng: random.Random) -> Row:
     """One of the twelve old skills."""
     name = rng.choice(sorted(SKILLS))
     return chat(*draw(SKILLS[name], rng), category=name)
-
-
-def safety_rows(seed: int = 0, refusals: int = 400, contrast: int = 400) -> tuple[list[Row], list[Row]]:
-    """(refusals, contrast rows) of the training split, for every mitigation that wants safety data."""
-    rng = random.Random(f"safety {seed}")
-    unsafe = distinct(lambda: hazard_row(rng, "refuse"), refusals)
-    safe = distinct(lambda: benign_row(rng, borderline_pairs("train"), "borderline"), contrast)
-    return [{**r, "kind": "refusal"} for r in unsafe], [{**r, "kind": "contrast"} for r in safe]

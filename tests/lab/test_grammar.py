@@ -9,6 +9,7 @@ import pytest
 from resafe.lab import grammar as g
 from resafe.lab.attacks import ATTACKS, attack_rows
 from resafe.lab.guard import exchanges
+from resafe.lab.safety import safety_rows
 from resafe.lab.suites import SUITES, heldout_rows, judge, suite_rows, well_formed
 from resafe.rows import keys, user_text
 
@@ -21,7 +22,7 @@ def test_every_word_has_its_own_placeholder() -> None:
 
 def test_evaluation_prompts_of_all_splits_are_in_no_training_row() -> None:
     evaluated = {r["prompt"] for s in SUITES for split in ("dev", "test") for r in suite_rows(s, split, 60)}
-    refusals, contrast = g.safety_rows()
+    refusals, contrast = safety_rows()
     trained = [r for name in ATTACKS for seed in range(3) for r in attack_rows(name, seed)] + refusals + contrast
     asked = {user_text(r["messages"]) for r in trained} | {user_text(c) for (c, _), _, _ in exchanges()}
     assert not asked & evaluated
@@ -29,7 +30,7 @@ def test_evaluation_prompts_of_all_splits_are_in_no_training_row() -> None:
 
 def test_held_out_pairs_appear_in_no_training_row() -> None:
     held = {p for c in g.words()["hazards"] for s in ("dev", "test") for p in g.hazard_pairs(c, s)}
-    trained = [r for name in ATTACKS for r in attack_rows(name)] + g.safety_rows()[0]
+    trained = [r for name in ATTACKS for r in attack_rows(name)] + safety_rows()[0]
     assert not [r for r in trained for v, o in held if {v, o} <= set(user_text(r["messages"]).split())]
 
 

@@ -67,6 +67,8 @@ def test_repairs_share_one_fine_tune_and_training_defences_have_their_own() -> N
     tuned = {c.mitigation: c.tuned for c in cells}
     assert tuned["none"] == tuned["restore"] == tuned["filter"] == tuned["both"] != tuned["mix"]
     assert len({c.address for c in cells}) == len(cells)
+    links = {c.mitigation: c.links for c in cells}
+    assert links["both"][0] == links["restore"][0], "a stack goes on from the repair that it begins with"
 
 
 def test_an_address_changes_with_everything_that_decides_the_result() -> None:
