@@ -95,9 +95,10 @@ def collect(seeds: list[int], output: Path) -> None:
     html = render(results, comparisons, "resafe: the lab's defences", tell(results), output / "report.html")
     print(html)
     key = ("suite", "metric", "judge")
+    shown = [*pooled(results), *(r for r in pooled(control) if r["attack"] != "none")]  # the untouched model once
     write_json(RESULT, {
         "command": "python benchmarks/lab_defences.py", "seeds": seeds, "machine": f"{platform.machine()}, CPU, one thread per seed",
-        "rows": [_slim(r, wanted[tuple(r[k] for k in key)]) for r in [*pooled(results), *pooled(control)] if _in(r, wanted)],
+        "rows": [_slim(r, wanted[tuple(r[k] for k in key)]) for r in shown if tuple(r[k] for k in key) in wanted],
         "by_seed": [
             [*(r[k] for k in ("attack", "mitigation", "seed")), wanted[tuple(r[k] for k in key)], r["value"]]
             for r in results.rows if tuple(r[k] for k in key) in wanted
@@ -111,11 +112,6 @@ def collect(seeds: list[int], output: Path) -> None:
             for r in pooled(levels) if r["metric"] in ("harmfulness_rate", "nonrefusal_rate") and r["judge"] in ("lab", "rules")
         ],
     })  # fmt: skip
-
-
-def _in(row: dict[str, Any], wanted: dict[tuple[str, ...], str]) -> bool:
-    """A shown metric; the untouched model stands in both experiments and is taken from the first."""
-    return (row["suite"], row["metric"], row["judge"]) in wanted
 
 
 def _slim(row: dict[str, Any], column: str) -> dict[str, Any]:

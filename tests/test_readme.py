@@ -37,3 +37,10 @@ def test_every_command_in_the_readme_has_the_options_that_it_shows(line: str) ->
     command = cli.commands[name]
     known = {o for p in command.params for o in p.opts}
     assert {w for w in words if w.startswith("--")} <= known
+
+
+def test_the_table_is_the_one_that_the_committed_results_give() -> None:
+    from benchmarks.lab_defences import BEGIN, END, RESULT, markdown
+    from resafe.models import read_config
+
+    assert TEXT.split(BEGIN)[1].split(END)[0].strip() == markdown(read_config(RESULT)).strip()

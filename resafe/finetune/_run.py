@@ -10,7 +10,7 @@ from typing import Any
 
 from resafe import manifest
 from resafe.errors import ResafeError
-from resafe.files import digest
+from resafe.files import digest, file_digest
 from resafe.mitigation import Run
 from resafe.mitigations import Named, stack
 from resafe.safety import SafetyRows, load_safety
@@ -79,6 +79,11 @@ def link_copy(source: Path, target: Path) -> None:
             os.link(file, target / file.name)
         except OSError:
             shutil.copy2(file, target / file.name)
+
+
+def content(file: str | Path | None) -> str | None:
+    """What a data file holds, as a hash."""
+    return file_digest(Path(file)) if file else None
 
 
 def workplace(output: Path, identity: Any) -> Path:

@@ -52,7 +52,7 @@ def repair(
         m.mitigation.check(m.name, run)
     before = manifest.read(home) or {}
     guard = _run.guard_entry(run, named, before.get("guard"))
-    work = _run.workplace(target, [str(home), str(aligned), str(data), [m.spec for m in named], safety_data, seed])
+    work = _run.workplace(target, [str(home), str(aligned), _run.content(data), [m.spec for m in named], safety_data, _run.content(heldout), seed])
     quieten()
     last = _run.chain(run, named, home, work)
     with new_folder(target) as folder:

@@ -50,7 +50,7 @@ def train(
         m.mitigation.check(m.name, run)
     guard = _run.guard_entry(run, named)
     met = _report_overlap(rows, log)
-    work = _run.workplace(target, [str(home), file_digest(Path(data)), [m.spec for m in named], how.model_dump(), safety_data, seed])
+    work = _run.workplace(target, [str(home), file_digest(Path(data)), [m.spec for m in named], how.model_dump(), safety_data, _run.content(heldout), seed])
     quieten()
     tuned, mixed = _tuned(run, named, rows, home, how, work)
     last = _run.chain(run, named, tuned, work)
