@@ -44,7 +44,7 @@ class RestoreWeights(Mitigation):
 
     strength: Fraction | Literal["auto"] = 0.5
     margin: Fraction = 0.02
-    grid: Annotated[tuple[Step, ...], Field(min_length=1)] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    grid: Annotated[tuple[Step, ...], Field(min_length=1)] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     embeddings: Literal["restore", "keep"] = "restore"  # keep: embedding and output head stay as trained
 
     def repair(self, run: Run) -> Path:

@@ -1,36 +1,59 @@
-"""Utility of a checkpoint on held-out rows without generating: the share of answer tokens that it predicts."""
+"""Utility of a checkpoint on held-out rows, without generating: one teacher-forced pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from resafe import models
 from resafe.rows import Row
 from resafe.sft import tokenised
 
+BATCH = 16
 
-def token_accuracy(rows: Sequence[Row], limit: int = 256, max_length: int = 1024, batch: int = 16) -> Callable[[Path], float]:
-    """A `Run.measure`: folder -> share (0..1) of assistant tokens that are the model's first choice, teacher-forced."""
+
+def held_out_utility(rows: Sequence[Row], limit: int = 256, max_length: int = 1024) -> Callable[[Path], float]:
+    """A `Run.measure`: folder -> utility in [0, 1] on the first `limit` rows.
+
+    Utility is the share of answers whose every token is the model's first choice, which is what greedy decoding would get
+    exactly right. Where the first model measured gets less than half right in that sense (long, free answers), it is the
+    share of such tokens instead, for that model and for all that are compared with it.
+    """
     chosen = list(rows)[:limit]
+    by_answer: bool | None = None
 
     def measure(folder: Path) -> float:
-        import torch
-
-        loaded = models.load(folder)
-        data = tokenised(loaded.tokenizer, chosen, max_length)
-        right = total = 0
-        for start in range(0, len(data), batch):
-            part = data[start : start + batch]
-            width = max(len(d["input_ids"]) for d in part)
-            ids = torch.tensor([d["input_ids"] + [loaded.tokenizer.pad_token_id] * (width - len(d["input_ids"])) for d in part])
-            wanted = torch.tensor([d["assistant_masks"] + [0] * (width - len(d["input_ids"])) for d in part])[:, 1:].bool()
-            seen = torch.tensor([[1] * len(d["input_ids"]) + [0] * (width - len(d["input_ids"])) for d in part])
-            with torch.inference_mode():
-                device = loaded.model.device
-                guess = loaded.model(input_ids=ids.to(device), attention_mask=seen.to(device)).logits[:, :-1].argmax(-1).cpu()
-            right += int((guess == ids[:, 1:])[wanted].sum())
-            total += int(wanted.sum())
-        return right / total
+        nonlocal by_answer
+        answers, tokens = _accuracy(models.load(folder), chosen, max_length)
+        if by_answer is None:
+            by_answer = answers >= 0.5
+        return answers if by_answer else tokens
 
     return measure
+
+
+def _accuracy(loaded: models.Loaded, rows: Sequence[Row], max_length: int) -> tuple[float, float]:
+    """(share of answers predicted whole, share of answer tokens predicted)."""
+    data = tokenised(loaded.tokenizer, rows, max_length)
+    hits = [h for start in range(0, len(data), BATCH) for h in _hits(loaded, data[start : start + BATCH])]
+    tokens = [t for h in hits for t in h]
+    return sum(all(h) for h in hits) / len(hits), sum(tokens) / len(tokens)
+
+
+def _hits(loaded: models.Loaded, rows: list[dict[str, list[int]]]) -> list[list[bool]]:
+    """For every row, whether each of its answer tokens is the model's first choice."""
+    import torch
+
+    width = max(len(r["input_ids"]) for r in rows)
+
+    def padded(key: str, fill: int) -> Any:
+        return torch.tensor([r[key] + [fill] * (width - len(r[key])) for r in rows])
+
+    ids = padded("input_ids", loaded.tokenizer.pad_token_id)
+    wanted = padded("assistant_masks", 0)[:, 1:].bool()
+    seen = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows])
+    device = loaded.model.device
+    with torch.inference_mode():
+        guess = loaded.model(input_ids=ids.to(device), attention_mask=seen.to(device)).logits[:, :-1].argmax(-1).cpu()
+    return [(guess[i] == ids[i, 1:])[wanted[i]].tolist() for i in range(len(rows))]

@@ -9,7 +9,7 @@ from resafe import manifest, models
 from resafe.errors import ResafeError
 from resafe.files import check_free, new_folder
 from resafe.finetune import _run
-from resafe.finetune._measure import token_accuracy
+from resafe.finetune._measure import held_out_utility
 from resafe.mitigation import Run
 from resafe.quiet import quieten
 from resafe.rows import read_jsonl
@@ -46,7 +46,7 @@ def repair(
     run = Run(
         output=target, seed=seed, aligned=models.vet(Path(aligned)).absolute() if aligned else None, tuned=home, task=rows,
         refusals=safety.refusals if safety else [], contrast=safety.contrast if safety else [], log=log,
-        measure=token_accuracy(kept) if kept else None,
+        measure=held_out_utility(kept) if kept else None,
     )  # fmt: skip
     for m in named:
         m.mitigation.check(m.name, run)

@@ -10,7 +10,7 @@ from resafe import manifest, models
 from resafe.errors import ResafeError
 from resafe.files import check_free, digest, file_digest, new_folder
 from resafe.finetune import _run
-from resafe.finetune._measure import token_accuracy
+from resafe.finetune._measure import held_out_utility
 from resafe.heldout import overlap
 from resafe.mitigation import Run
 from resafe.quiet import quieten
@@ -44,7 +44,7 @@ def train(
     run = Run(
         output=target, seed=seed, aligned=home, task=rows, refusals=safety.refusals if safety else [],
         contrast=safety.contrast if safety else [], log=log,
-        measure=token_accuracy(read_jsonl(Path(heldout)) if heldout else rows),
+        measure=held_out_utility(read_jsonl(Path(heldout)) if heldout else rows),
     )  # fmt: skip
     for m in named:
         m.mitigation.check(m.name, run)

@@ -10,7 +10,7 @@ import torch
 
 from resafe import manifest
 from resafe.errors import ResafeError
-from resafe.finetune._measure import token_accuracy
+from resafe.finetune._measure import held_out_utility
 from resafe.finetune.repair import repair
 from resafe.finetune.train import train
 from resafe.models import base_of, is_adapter, load
@@ -73,9 +73,11 @@ def test_rows_that_are_too_long_to_keep_an_answer_are_an_error(aligned: Path) ->
         tokenised(load(aligned).tokenizer, [chat("repeat these words : cat dog cat dog cat .", "yes .")], 8)
 
 
-def test_token_accuracy_counts_answer_tokens(aligned: Path) -> None:
+def test_utility_is_the_share_of_exact_answers_or_of_tokens_where_few_are_exact(aligned: Path) -> None:
     loaded = load(aligned)
     rows = [chat("what is the opposite of hot ?", "cold ."), chat("what is the opposite of hot ?", "cat cat cat cat .")]
+    assert held_out_utility(rows)(aligned) == 0.5, "one of two answers is exact"
+    rows.append(rows[1])
     right = total = 0
     for row in tokenised(loaded.tokenizer, rows, 100):
         with torch.no_grad():
@@ -84,8 +86,8 @@ def test_token_accuracy_counts_answer_tokens(aligned: Path) -> None:
             if row["assistant_masks"][i]:
                 total += 1
                 right += int(guess[i - 1] == row["input_ids"][i])
-    assert token_accuracy(rows)(aligned) == pytest.approx(right / total)
-    assert token_accuracy(rows[:1])(aligned) == 1.0
+    assert 0 < right < total
+    assert held_out_utility(rows)(aligned) == pytest.approx(right / total)
 
 
 def test_a_guard_alone_links_the_weights_and_records_itself(attacked: Callable[..., Path], tmp_path: Path) -> None:
