@@ -21,12 +21,14 @@ Votes = list[tuple[str, str, bool]]  # (prompt, target, vote), scored ones only
 def groups(results: Results) -> dict[tuple[str, str], list[str]]:
     """(attack, mitigation) -> its targets, one per training seed; in order of appearance.
 
-    Targets with the same labels and the same seed are no repetitions of each other: each goes under its own name.
+    Targets with the same labels are repetitions of each other only if each has a seed, and no two the same; else each goes
+    under its own name.
     """
     labels = {target: results.labels(target) for target in results.targets}
     found: dict[tuple[str, str], list[str]] = {}
     for target, (attack, mitigation, _) in labels.items():
-        alone = list(labels.values()).count(labels[target]) == 1
+        seeds = [seed for a, m, seed in labels.values() if (a, m) == (attack, mitigation)]
+        alone = len(seeds) == 1 or (None not in seeds and seeds.count(labels[target][2]) == 1)
         found.setdefault((attack, mitigation if alone else target), []).append(target)
     return found
 

@@ -162,11 +162,15 @@ def _file_rows(suite: Suite, file: Path) -> list[dict[str, Any]]:
 
 def _check_columns(suite: Suite, rows: list[dict[str, Any]], file: Path) -> None:
     columns = [c for c in (suite.prompt, suite.id, suite.category, suite.reference, *suite.where) if c]
-    for row in rows:
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ResafeError(f"suite {suite.name}: row {i} of {file} is not a JSON object.")
         for column in columns:
             if column not in row:
                 known = suggest(column, [str(k) for k in row])
                 raise ResafeError(f"suite {suite.name}: {file} has no column '{column}'. {known}")
+        if not isinstance(row[suite.prompt], str) or not row[suite.prompt].strip():
+            raise ResafeError(f"suite {suite.name}: row {i} of {file} has no text in '{suite.prompt}'.")
 
 
 def _case(suite: Suite, i: int, row: dict[str, Any]) -> Case:

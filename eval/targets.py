@@ -158,10 +158,19 @@ def _with_manifest(spec: TargetSpec) -> TargetSpec:
     models.vet(spec.folder)
     found = manifest.read(spec.folder) or {}
     default = TargetSpec(spec.name)
+    found = {**_history(found), **found}
     keys = [
         k for k in ("guard", "overlap", *LABELS) if getattr(spec, k) == getattr(default, k) and found.get(k) is not None
     ]
     return replace(spec, **{k: found[k] for k in keys})
+
+
+def _history(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Labels of a checkpoint that `resafe train` or `resafe repair` wrote: fine-tuned, and by what it was mitigated."""
+    if "verb" not in found:
+        return {}
+    steps = [m["name"] for part in (found.get("before") or {}, found) for m in part.get("mitigations", [])]
+    return {"attack": "fine-tuning", "mitigation": "+".join(steps) or "none"}
 
 
 def _labelled(spec: TargetSpec, labels: Mapping[str, Any]) -> TargetSpec:

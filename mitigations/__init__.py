@@ -105,6 +105,8 @@ def _split(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if len(spec) != 1:
             raise ResafeError(f"a mitigation is one name with its parameters; found {', '.join(map(str, spec)) or 'nothing'}.")
         name, parameters = next(iter(spec.items()))
+        if parameters is not None and not (isinstance(parameters, Mapping) and all(isinstance(k, str) for k in parameters)):
+            raise ResafeError(f"{name}: its parameters must be a mapping of names to values; found {parameters!r}.")
         return str(name), dict(parameters or {})
     name, _, rest = spec.partition(":")
     return name.strip(), dict(_pair(name, part) for part in re.split(r",(?=\s*\w+\s*=)", rest) if part.strip())

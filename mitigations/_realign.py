@@ -55,6 +55,11 @@ class Realigner(Mitigation):
     max_length: int = Field(1024, ge=8)
     load_in_4bit: bool = Field(False, description="train on an NF4 copy of the fine-tune (bitsandbytes)")
 
+    def check(self, name: str, run: Run) -> None:
+        """Also refuse a guard that is not there, before any work."""
+        super().check(name, run)
+        load_guard(self.guard_model)
+
     def train(self, run: Run, loaded: models.Loaded, parts: Parts, workdir: Path) -> Any:
         """Train a new LoRA on `loaded.model`; return the PeftModel. Each realigner has its own."""
         raise NotImplementedError

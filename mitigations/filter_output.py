@@ -6,6 +6,7 @@ cannot score is replaced too.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -28,4 +29,9 @@ class FilterOutput(Mitigation):
 
     def guard(self, run: Run) -> OutputFilter:
         """The filter to put around the model; loading it here makes a missing guard fail before anything is served."""
-        return OutputFilter.from_entry(self.model_dump())
+        entry = self.model_dump()
+        if Path(self.guard_model).exists():
+            entry["guard_model"] = str(Path(self.guard_model).absolute())
+        made = OutputFilter.from_entry(entry)
+        made.entry["identity"] = made.identity
+        return made

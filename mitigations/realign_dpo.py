@@ -16,6 +16,7 @@ from resafe import models
 from resafe.chat import foldable
 from resafe.errors import ResafeError
 from resafe.guards import is_refusal, load_guard
+from resafe.heldout import drop_overlap
 from resafe.mitigation import Run
 from resafe.mitigations._realign import Example, Parts, Realigner
 from resafe.progress import progress_callback
@@ -30,6 +31,12 @@ class RealignDPO(Realigner):
     beta: float = Field(0.1, gt=0, description="strength of the KL constraint")
     sft_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy term; DPO alone garbles")
     pairs: Path | None = Field(None, description="JSONL of prompt, chosen, rejected to use instead of the model's own answers")
+
+    def check(self, name: str, run: Run) -> None:
+        """Also refuse pairs that cannot be read."""
+        super().check(name, run)
+        if self.pairs:
+            self._user_pairs(self.pairs)
 
     def train(self, run: Run, loaded: models.Loaded, parts: Parts, workdir: Path) -> Any:
         """See `Realigner.train`."""
@@ -68,7 +75,11 @@ class RealignDPO(Realigner):
         return [*hazards, *kept]
 
     def _user_pairs(self, path: Path) -> list[Example]:
-        return [Example(p, chosen, rejected) for p, chosen, rejected in read_pairs(path)]
+        pairs = [Example(p, chosen, rejected) for p, chosen, rejected in read_pairs(path)]
+        kept = [e for e in pairs if drop_overlap([e.row])[0]]
+        if not kept:
+            raise ResafeError(f"realign_dpo: every prompt of {path} is an evaluation prompt; training on those is not allowed.")
+        return kept
 
     def _on_policy(self, run: Run, loaded: models.Loaded, parts: Parts) -> list[Example]:
         """Rejected = the model's own answer where it complied; elsewhere an own complying answer to another prompt."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Step = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]  # 0 would be no restoration at all
 CURVE = "restore_weights.json"
+NO_ROWS = "strength 'auto' needs held-out rows to measure utility on: pass them with --heldout or --data, or set a strength."
 
 
 class RestoreWeights(Mitigation):
@@ -46,6 +47,12 @@ class RestoreWeights(Mitigation):
     margin: Fraction = 0.02
     grid: Annotated[tuple[Step, ...], Field(min_length=1)] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     embeddings: Literal["restore", "keep"] = "restore"  # keep: embedding and output head stay as trained
+
+    def check(self, name: str, run: Run) -> None:
+        """Also refuse a calibration without held-out rows."""
+        super().check(name, run)
+        if self.strength == "auto" and run.measure is None:
+            raise ResafeError(NO_ROWS)
 
     def repair(self, run: Run) -> Path:
         """Write the restored checkpoint or adapter to `run.output`."""
@@ -131,7 +138,7 @@ def _adapter_of(tuned: Path, aligned: Path) -> Adapter:
 
 def _utility(run: Run, folder: Path) -> float:
     if run.measure is None:
-        raise ResafeError("strength 'auto' needs held-out rows to measure utility on: pass them with --data, or set a strength.")
+        raise ResafeError(NO_ROWS)
     utility = run.measure(folder)
     if not 0 <= utility <= 1:
         raise ResafeError(f"the utility of {folder} was measured as {utility}, which is not between 0 and 1.")

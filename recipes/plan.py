@@ -10,10 +10,12 @@ from typing import Any
 from resafe import lab
 from resafe.errors import ResafeError
 from resafe.files import digest, file_digest
+from resafe.mitigation import Run
 from resafe.mitigations import Named, stack
 from resafe.models import vet
 from resafe.recipes.schema import Attack, Recipe
 from resafe.rows import Row, read_jsonl
+from resafe.safety import load_safety
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,18 @@ class Cell:
 def plan(recipe: Recipe, log: Callable[[str], None] = lambda _: None) -> list[Cell]:
     """All cells, fine-tunes first shared then used. Raises ResafeError before anything runs for what cannot work."""
     cells = []
+    safety = load_safety(recipe.safety).sha256
     for seed in recipe.seeds:
         model = vet(lab.resolve(recipe.model, seed, log))
         weights = fingerprint(model)
         for attack, how in recipe.attacks.items():
             rows = attack_rows(how.data, seed)
-            identity = [weights, digest(rows), how.model_dump(mode="json"), recipe.safety, seed]
+            held = digest(attack_rows(how.heldout, seed)) if how.heldout else None
+            identity = [weights, digest(rows), held, how.train.model_dump(mode="json"), safety, seed]
             for name, specs in recipe.mitigations.items():
                 named = stack(specs)
+                for m in named:
+                    m.mitigation.check(m.name, Run(Path("-"), aligned=model, task=rows, refusals=rows, measure=lambda _: 0.0))
                 before = [m for m in named if _trains(m)]
                 after = [m for m in named if not _trains(m)]
                 tuned = digest([*identity, [m.spec for m in before]])[:16]

@@ -38,6 +38,20 @@ class Recipe(BaseModel):
     limit: int | None = Field(None, ge=1)
     seeds: list[int] = Field(default=[0], min_length=1)
 
+    @field_validator("attacks")
+    @classmethod
+    def _not_none(cls, value: dict[str, Attack]) -> dict[str, Attack]:
+        if "none" in value:
+            raise ValueError("'none' is the model before fine-tuning; call the attack something else")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("every seed may be named once")
+        return value
+
     @field_validator("mitigations")
     @classmethod
     def _known(cls, value: dict[str, list[str | dict[str, Any]]]) -> dict[str, list[str | dict[str, Any]]]:
@@ -55,7 +69,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ResafeError(f"no such recipe: {file}. Shipped recipes: {', '.join(shipped())}.")
     try:
         value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ResafeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise ResafeError(f"{file} is not a recipe: a mapping with the keys {', '.join(Recipe.model_fields)} is expected.")

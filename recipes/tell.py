@@ -45,19 +45,25 @@ def tell(results: Results) -> str:
     rates = _harm(results)
     before = rates.get(("none", "none"))
     broken = {attack: row for (attack, m), row in rates.items() if attack != "none" and m == "none"}
-    mended = {
-        m: [rates[a, m]["value"] for a in broken if (a, m) in rates] for (_, m) in rates if m != "none"
-    }
-    whole = {m: max(values) for m, values in mended.items() if len(values) == len(broken) and values}
     if before is None or not broken:
         return "; ".join(f"{_name(k)}: harmfulness {_rate(r)}" for k, r in rates.items()) + "."
-    low, high = (f(r["value"] for r in broken.values()) for f in (min, max))
-    span = f"{_percent(high)}" if len(broken) == 1 else f"{_percent(low)} to {_percent(high)}"
-    said = f"Harmful answers rose from {_rate(before)} before fine-tuning to {span} after it"
-    if not whole:
+    said = f"Harmful answers: {_rate(before)} before fine-tuning, {_span(list(broken.values()))} after it"
+    mended = {m: [rates[a, m] for a in broken if (a, m) in rates] for (_, m) in rates if m != "none"}
+    worst = {m: max(rows, key=_value) for m, rows in mended.items() if len(rows) == len(broken)}
+    if not worst:
         return f"{said}."
-    best = min(whole, key=lambda m: whole[m])
-    return f"{said}; with {best} at most {_percent(whole[best])} remained on any attack (see over-refusal and utility beside it)."
+    best = min(worst, key=lambda m: (worst[m]["value"], worst[m]["high"]))
+    on = "" if len(broken) == 1 else ", its worst attack"
+    return f"{said}, {_rate(worst[best])} with {best}{on}; see over-refusal, coherence and utility beside it."
+
+
+def _value(row: Mapping[str, Any]) -> float:
+    return float(row["value"])
+
+
+def _span(rows: list[Mapping[str, Any]]) -> str:
+    low, high = min(rows, key=_value), max(rows, key=_value)
+    return _rate(high) if low is high else f"{_rate(low)} to {_rate(high)}"
 
 
 def _harm(results: Results) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -75,9 +81,5 @@ def _name(key: tuple[str, str]) -> str:
     return " / ".join(k for k in key if k != "none") or "before fine-tuning"
 
 
-def _percent(x: float) -> str:
-    return f"{100 * x:.1f} %"
-
-
 def _rate(row: Mapping[str, Any]) -> str:
-    return f"{_percent(row['value'])} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    return f"{100 * row['value']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"

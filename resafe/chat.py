@@ -12,7 +12,7 @@ from resafe.rows import Message
 
 # For tokenizers that bring no chat template (GPT-2, plain base models). Plain words, so that nothing must be added to the vocabulary.
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}"
+    "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}### Response:\n{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}\n"
     "{% elif m['role'] == 'system' %}{{ m['content'] }}\n\n"
     "{% else %}### Instruction:\n{{ m['content'] }}\n\n{% endif %}"
@@ -56,9 +56,7 @@ def encode(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
     Raises ResafeError if the template is not prefix-stable (a turn's tokens depend on later turns).
     """
     if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        out = tokenizer.apply_chat_template(
-            foldable(tokenizer, messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        out = _applied(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
         return Encoded(list(out["input_ids"]), list(out["assistant_masks"]))
     return _by_turns(tokenizer, messages)
 
@@ -81,11 +79,16 @@ def _by_turns(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(
-            foldable(tokenizer, messages), tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt
-        )
-    )
+    return list(_applied(tokenizer, messages, return_dict=False, add_generation_prompt=add_generation_prompt))
+
+
+def _applied(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(foldable(tokenizer, messages), tokenize=True, **options)
+    except TemplateError as error:
+        raise ResafeError(f"the model's chat template refuses a conversation: {error}") from None
 
 
 def foldable(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:

@@ -69,6 +69,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as f:
                     os.fsync(f.fileno())
+        check_free(target, overwrite)  # again: something may have appeared meanwhile
         if target.exists():
             shutil.rmtree(target)
         os.replace(tmp, target)

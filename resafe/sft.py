@@ -94,6 +94,8 @@ def sft(
     from trl.trainer.sft_trainer import SFTTrainer
 
     data = Dataset.from_list(tokenised(tokenizer, rows, settings.max_length))
+    if len(data) < len(rows):
+        log(f"note: {len(rows) - len(data)} of {len(rows)} rows keep no answer within {settings.max_length} tokens and are left out.")
     args = SFTConfig(
         **common_arguments(workdir, seed), learning_rate=settings.lr or (2e-4 if settings.lora else 2e-5),
         num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -47,11 +46,11 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        _stop("stopped; nothing half-written was left. The same command goes on where it can.", 130)
+        _stop("stopped; no half-written output was left. The same command goes on where it can.", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPIPE):
+        if error.errno is None:
             raise
-        _stop(f"{error.strerror or error}: {error.filename or 'while writing'}. Nothing half-written was left.", 2)
+        _stop(f"{error.strerror}: {error.filename or 'while writing'}. No half-written output was left.", 2)
 
 
 def _stop(message: str, code: int) -> None:

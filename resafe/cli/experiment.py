@@ -42,6 +42,8 @@ def _bench(path: Path, output: Path | None, seeds: list[int] | None) -> None:
     results = run(recipe, folder, options.logger())
     table, sentence, html = publish(recipe, results, folder)
     Console().print(table)
+    for cell, reason in results.meta["refused"].items():
+        click.echo(f"{cell} refused: {reason}")
     click.echo(f"\n{sentence}\nReport: {html}")
 
 

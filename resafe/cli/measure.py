@@ -55,10 +55,13 @@ def _measure(targets: tuple[str, ...], suites: tuple[str, ...], judges: tuple[st
     from rich.console import Console
 
     from resafe import lab
+    from resafe.errors import ResafeError
     from resafe.eval import evaluate as run
     from resafe.eval import table
     from resafe.recipes.tell import compared, report
 
+    if html and html.is_dir() or output and output.is_file():
+        raise ResafeError(f"{html if html and html.is_dir() else output} is in the way: --html names a file, --output a folder.")
     log = options.logger()
     folders = [str(lab.resolve(t, log=log)) for t in targets]
     labels = compared(folders, attack) if attack else None

@@ -45,8 +45,10 @@ def chain(run: Run, named: Sequence[Named], tuned: Path, workdir: Path) -> Path:
         output = workdir / f"repair-{i}-{m.name}"
         if not output.is_dir():
             run.log(f"{m.name}: repairing")
-            run.tuned, run.output = tuned, output
-            m.mitigation.repair(run)
+            part = workdir / f".part-{output.name}"
+            shutil.rmtree(part, ignore_errors=True)
+            run.tuned, run.output = tuned, part
+            os.replace(m.mitigation.repair(run), output)
         tuned = output
     return tuned
 
@@ -76,7 +78,7 @@ def link_copy(source: Path, target: Path) -> None:
         if not file.is_file() or file.name == manifest.NAME:
             continue
         try:
-            os.link(file, target / file.name)
+            os.link(file.resolve(), target / file.name)
         except OSError:
             shutil.copy2(file, target / file.name)
 
@@ -84,6 +86,14 @@ def link_copy(source: Path, target: Path) -> None:
 def content(file: str | Path | None) -> str | None:
     """What a data file holds, as a hash."""
     return file_digest(Path(file)) if file else None
+
+
+def state(folder: Path | None) -> list[Any] | None:
+    """A model folder as it is now: its path and its files' sizes and times. Cheap; a retrained model differs."""
+    if folder is None:
+        return None
+    files = [(f.name, f.stat()) for f in sorted(folder.iterdir()) if f.is_file()]
+    return [str(folder), [[name, s.st_size, s.st_mtime_ns] for name, s in files]]
 
 
 def workplace(output: Path, identity: Any) -> Path:

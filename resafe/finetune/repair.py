@@ -52,8 +52,16 @@ def repair(
         m.mitigation.check(m.name, run)
     before = manifest.read(home) or {}
     guard = _run.guard_entry(run, named, before.get("guard"))
-    work = _run.workplace(target, [str(home), str(aligned), _run.content(data), [m.spec for m in named], safety_data, _run.content(heldout), seed])
+    work = _run.workplace(
+        target,
+        [
+            _run.state(home), _run.state(run.aligned), _run.content(data), [m.spec for m in named],
+            safety.sha256 if safety else None, _run.content(heldout), seed,
+        ],
+    )  # fmt: skip
     quieten()
+    for m in named:
+        m.mitigation.prepare(run)
     last = _run.chain(run, named, home, work)
     with new_folder(target) as folder:
         _run.link_copy(last, folder)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from resafe import manifest, models
 from resafe.errors import ResafeError
@@ -13,6 +13,7 @@ from resafe.finetune import _run
 from resafe.finetune._measure import held_out_utility
 from resafe.heldout import overlap
 from resafe.mitigation import Run
+from resafe.mitigations import Named
 from resafe.quiet import quieten
 from resafe.rows import Row, read_jsonl
 from resafe.sft import SFTSettings, sft
@@ -48,34 +49,40 @@ def train(
     )  # fmt: skip
     for m in named:
         m.mitigation.check(m.name, run)
-    guard = _run.guard_entry(run, named)
+    before = manifest.read(home) or {}
+    guard = _run.guard_entry(run, named, before.get("guard"))
     met = _report_overlap(rows, log)
-    work = _run.workplace(target, [str(home), file_digest(Path(data)), [m.spec for m in named], how.model_dump(), safety_data, _run.content(heldout), seed])
+    for suite, prompts in before.get("overlap", {}).items():
+        met[suite] = sorted({*met.get(suite, []), *prompts})
+    mixed = rows
+    for m in named:
+        mixed = m.mitigation.data(run, mixed)
+    if not mixed:
+        raise ResafeError(f"no row of {data} is left to train on after {', '.join(m.name for m in named)}.")
+    work = _run.workplace(
+        target, [_run.state(home), digest(mixed), [m.spec for m in named], how.model_dump(), _run.content(heldout), seed]
+    )
     quieten()
-    tuned, mixed = _tuned(run, named, rows, home, how, work)
+    tuned = _tuned(run, named, mixed, home, how, work)
     last = _run.chain(run, named, tuned, work)
     with new_folder(target) as folder:
         _run.link_copy(last, folder)
         manifest.write(folder, {
             "verb": "train", "model": str(home), "data": {"path": str(data), "sha256": file_digest(Path(data)), "rows": len(rows)},
-            "mixture": mixed, "settings": how.model_dump(), **_run.describe(named, safety, seed), "guard": guard, "overlap": met,
+            "mixture": {"rows": len(mixed), "sha256": digest(mixed)}, "settings": how.model_dump(), **_run.describe(named, safety, seed), "guard": guard, "overlap": met,
         })  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)
     return target
 
 
-def _tuned(run: Run, named: Any, rows: list[Row], home: Path, how: SFTSettings, work: Path) -> tuple[Path, dict[str, Any]]:
-    """Train (or find trained) the checkpoint; with it, what the mixture was."""
-    mixed = rows
+def _tuned(run: Run, named: Sequence[Named], mixed: list[Row], home: Path, how: SFTSettings, work: Path) -> Path:
+    """Train the checkpoint, or find it trained."""
     for m in named:
-        mixed = m.mitigation.data(run, mixed)
-    about = {"rows": len(mixed), "sha256": digest(mixed)}
+        m.mitigation.prepare(run)
     folder = work / "tuned"
     if folder.is_dir():
         run.log("training: found finished, going on from there")
-        return folder, about
-    for m in named:
-        m.mitigation.prepare(run)
+        return folder
     loaded = models.load(home, dtype="auto" if how.lora else "float32")
     model = sft(
         loaded.model, loaded.tokenizer, mixed, how, work / "trainer", run.seed, keep_checkpoints=True, log=run.log
@@ -85,7 +92,7 @@ def _tuned(run: Run, named: Any, rows: list[Row], home: Path, how: SFTSettings, 
             model.peft_config["default"].base_model_name_or_path = str(home)
         model.save_pretrained(new)
         loaded.tokenizer.save_pretrained(new)
-    return folder, about
+    return folder
 
 
 def _report_overlap(rows: list[Row], log: _run.Log) -> dict[str, list[str]]:
