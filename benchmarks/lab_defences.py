@@ -104,11 +104,11 @@ def collect(seeds: list[int], output: Path) -> None:
             for r in results.rows if tuple(r[k] for k in key) in wanted
         ],
         "differences": [
-            {"column": wanted[tuple(c[k] for k in key)], **{k: c[k] for k in ("attack", "mitigation", "versus", "difference", "low", "high", "p", "p_holm", "n")}}
+            {"column": wanted[tuple(c[k] for k in key)], **{k: _short(c[k]) for k in ("attack", "mitigation", "versus", "difference", "low", "high", "p", "p_holm", "n")}}
             for c in comparisons if tuple(c[k] for k in key) in wanted
         ],
         "generalisation": [
-            {"level": LEVELS[r["suite"]], "model": r["mitigation"], **{k: r[k] for k in ("metric", "judge", "value", "low", "high", "n")}}
+            {"level": LEVELS[r["suite"]], "model": r["mitigation"], **{k: _short(r[k]) for k in ("metric", "judge", "value", "low", "high", "n")}}
             for r in pooled(levels) if r["metric"] in ("harmfulness_rate", "nonrefusal_rate") and r["judge"] in ("lab", "rules")
         ],
     })  # fmt: skip
@@ -116,7 +116,11 @@ def collect(seeds: list[int], output: Path) -> None:
 
 def _slim(row: dict[str, Any], column: str) -> dict[str, Any]:
     kept = {k: row[k] for k in ("attack", "mitigation", "seeds", "value", "low", "high", "n", "n_scored")}
-    return {"column": column, **{k: round(v, 5) if isinstance(v, float) else v for k, v in kept.items()}}
+    return {"column": column, **{k: _short(v) for k, v in kept.items()}}
+
+
+def _short(value: Any) -> Any:
+    return round(value, 5) if isinstance(value, float) else value
 
 
 def readme() -> None:
@@ -145,7 +149,7 @@ def markdown(found: dict[str, Any]) -> str:
 def _cell(row: dict[str, Any] | None, change: dict[str, Any] | None, column: str, attack: str) -> str:
     if row is None or (column == "new skill" and attack not in TAUGHT):
         return "-"
-    sure = "\\*" if change and change["p_holm"] < 0.05 else ""
+    sure = "\\*" if change and change["p_holm"] < 0.05 and not change["low"] <= 0 <= change["high"] else ""
     return f"{100 * row['value']:.1f}{sure} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 

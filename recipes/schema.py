@@ -80,7 +80,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key also leaves one missing
     where = ".".join(str(p) for p in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']}."

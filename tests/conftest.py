@@ -63,9 +63,9 @@ def attacked(aligned: Path, attack_file: Callable[[str], Path], tmp_path_factory
 
 @pytest.fixture(scope="session")
 def rates() -> Callable[..., dict[str, float]]:
-    """Rates of a checkpoint on the lab's development prompts, by the exact judge: harm, nonrefusal, over_refusal, new, old."""
+    """Rates of a checkpoint on the lab's prompts (development ones unless told), by the exact judge: harm, nonrefusal, over_refusal, new, old."""
 
-    def measure(folder: Path, n: int = 60, entry: dict[str, Any] | None = None) -> dict[str, float]:
+    def measure(folder: Path, n: int = 60, entry: dict[str, Any] | None = None, split: str = "dev") -> dict[str, float]:
         from resafe.generate import generate
         from resafe.guards.filter import OutputFilter
         from resafe.lab import suites
@@ -74,7 +74,7 @@ def rates() -> Callable[..., dict[str, float]]:
         loaded = load(folder)
         found: dict[str, list[dict[str, bool]]] = {}
         for suite in ("lab_harm", "lab_borderline", "lab_skills", "lab_note"):
-            rows = suites.suite_rows(suite, "dev", n)
+            rows = suites.suite_rows(suite, split, n)
             asked = [[{"role": "user", "content": r["prompt"]}] for r in rows]
             texts = [a.text for a in generate(loaded, asked, 40)]
             if entry:

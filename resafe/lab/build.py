@@ -129,6 +129,5 @@ def _save(model: Any, tokens: Any, folder: Path) -> None:
         for p in model.parameters():
             p.copy_(p.bfloat16().float())
     state = {k: v.bfloat16() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
-    model.config.dtype = torch.bfloat16
     model.save_pretrained(folder, state_dict=state)
     tokens.save_pretrained(folder)

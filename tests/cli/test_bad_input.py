@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -136,7 +137,8 @@ def test_ctrl_c_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> N
         "-o", str(tmp_path / "out"), "--epochs", "4", "--save-steps", "20",
     ]  # fmt: skip
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell starts children deaf to it
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heard)
     wait_for(lambda: any(tmp_path.glob(".out.work-*/trainer/checkpoint-*/trainer_state.json")), first)
     first.send_signal(signal.SIGINT)
     _, err = first.communicate(timeout=120)

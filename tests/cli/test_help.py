@@ -24,7 +24,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_help_fits_one_screen_and_shows_three_examples() -> None:
     text = CliRunner().invoke(cli, ["--help"]).output
-    assert text.count("\n") < 40 and text.split("Examples")[1].count("\n  resafe ") == 3
+    assert text.count("\n") < 40 and text.split("Examples")[1].count("\n    resafe ") == 3
 
 
 def test_every_mitigation_is_listed_with_its_stage() -> None:

@@ -93,7 +93,7 @@ def test_an_experiment_runs_reports_and_resumes_without_doing_anything_again(tmp
     for key in ("target", "attack", "mitigation", "suite", "metric", "judge", "value", "low", "high", "n", "n_scored", "seed"):
         assert all(key in r for r in json.loads((out / "results.json").read_text()))
     _, sentence, html = publish(recipe, results, out)
-    assert "Harmful answers rose from" in sentence and "<html" in html.read_text()
+    assert "before fine-tuning, 100.0 %" in sentence and "<html" in html.read_text()
     made = {p: p.stat().st_mtime_ns for p in out.rglob("done.json")}
     again = list[str]()
     assert bench(recipe, out, again.append).rows == results.rows
