@@ -29,8 +29,6 @@ def bench(recipe: Path, output: Path | None, seeds: int | None) -> None:
 
 
 def _bench(path: Path, output: Path | None, seeds: list[int] | None) -> None:
-    from rich.console import Console
-
     from resafe.recipes.runner import bench as run
     from resafe.recipes.schema import load_recipe
     from resafe.recipes.tell import publish
@@ -41,7 +39,7 @@ def _bench(path: Path, output: Path | None, seeds: list[int] | None) -> None:
     folder = output or Path("runs") / recipe.name
     results = run(recipe, folder, options.logger())
     table, sentence, html = publish(recipe, results, folder)
-    Console().print(table)
+    options.show(table)
     for cell, reason in results.meta["refused"].items():
         click.echo(f"{cell} refused: {reason}")
     click.echo(f"\n{sentence}\nReport: {html}")

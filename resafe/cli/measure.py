@@ -52,8 +52,6 @@ def compare(targets: tuple[str, ...], suites: tuple[str, ...], judges: tuple[str
 def _measure(targets: tuple[str, ...], suites: tuple[str, ...], judges: tuple[str, ...], limit: int | None, batch_size: int,
              output: Path | None, html: Path | None, reveal: bool, seed: int, attack: str | None) -> None:  # fmt: skip
     """Evaluate, print the table, write the report; with `attack`, targets are before, tuned, repaired..."""
-    from rich.console import Console
-
     from resafe import lab
     from resafe.errors import ResafeError
     from resafe.eval import evaluate as run
@@ -66,6 +64,6 @@ def _measure(targets: tuple[str, ...], suites: tuple[str, ...], judges: tuple[st
     folders = [str(lab.resolve(t, log=log)) for t in targets]
     labels = compared(folders, attack) if attack else None
     results = run(folders, suites or REAL, judges or None, limit, output, batch_size, labels, seed, reveal, log)
-    Console().print(table(results))
+    options.show(table(results))
     if html:
         click.echo(f"Report: {report(results, html)}")

@@ -22,6 +22,14 @@ safety_data = click.option(
 heldout = click.option("--heldout", type=FOLDER, help="JSONL rows that measure utility for methods that calibrate themselves.")
 
 
+def show(table: Any) -> None:
+    """Print a table on stdout, wide enough for its columns wherever stdout goes."""
+    from rich.console import Console
+
+    console = Console()
+    Console(width=max(console.width, 132)).print(table)
+
+
 def logger() -> Callable[[str], None]:
     """Lines about what is going on, on stderr, so that stdout holds results only."""
     from rich.console import Console

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +99,55 @@ def test_a_guard_alone_links_the_weights_and_records_itself(attacked: Callable[.
     assert (manifest.read(out) or {})["guard"]["guard_model"] == "lab"
     again = repair(out, tmp_path / "again", ["restore_weights:strength=0.5"], aligned=load_base(tuned))
     assert (manifest.read(again) or {})["guard"]["guard_model"] == "lab", "a recorded guard outlives later repairs"
+
+
+def test_a_guard_alone_works_on_a_folder_of_links(aligned: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in aligned.iterdir():
+        (linked / file.name).symlink_to(file)
+    out = repair(linked, tmp_path / "out", ["filter_output:guard_model=lab"])
+    shutil.rmtree(linked)
+    assert torch.equal(logits(out), logits(aligned))
+
+
+def test_training_on_a_resafe_checkpoint_keeps_its_guard_and_its_overlap(aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path) -> None:
+    first = repair(aligned, tmp_path / "first", ["filter_output:guard_model=lab"])
+    about = manifest.read(first) or {}
+    (first / "resafe.json").unlink()
+    manifest.write(first, {**about, "overlap": {"gsm8k": ["seen"]}})
+    after = manifest.read(train(first, attack_file("explicit_10"), tmp_path / "second", settings=QUICK)) or {}
+    assert after["guard"]["guard_model"] == "lab" and after["overlap"] == {"gsm8k": ["seen"]}
+
+
+def test_a_run_does_not_resume_from_other_data(aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "d.jsonl"
+    lines: list[str] = []
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for attack, stopped in (("explicit_10", True), ("explicit_50", False), ("explicit_10", False)):
+        data.write_text(attack_file(attack).read_text())
+        with monkeypatch.context() as patch:
+            if stopped:
+                patch.setattr("resafe.finetune.train._run.chain", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    train(aligned, data, tmp_path / "out", settings=QUICK)
+                continue
+            train(aligned, data, tmp_path / attack, settings=QUICK, log=lines.append)
+    assert not [line for line in lines if "found finished" in line]
+    train(aligned, data, tmp_path / "out", settings=QUICK, log=lines.append)
+    assert [line for line in lines if "found finished" in line], "the same call goes on where it was stopped"
+
+
+def test_errors_come_before_training(aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path) -> None:
+    for spec in ("realign_sft:guard_model=ofline", "realign_dpo:pairs=missing.jsonl"):
+        with pytest.raises(ResafeError):
+            train(aligned, attack_file("explicit_10"), tmp_path / "out", [spec], QUICK, "lab")
+    with pytest.raises(ResafeError, match="held-out rows"):
+        repair(aligned, tmp_path / "out", ["restore_weights:strength=auto"], aligned=aligned)
+    assert list(tmp_path.iterdir()) == []
 
 
 def load_base(tuned: Path) -> Path:

@@ -13,7 +13,7 @@ from resafe.finetune._run import link_copy
 from resafe.finetune.repair import repair
 from resafe.finetune.train import train
 from resafe.mitigation import Mitigation, Run
-from resafe.mitigations import get
+from resafe.mitigations import get, names
 from resafe.rows import Row
 from resafe.sft import SFTSettings
 from tests.conftest import ATTACK, write_rows
@@ -86,6 +86,10 @@ def test_a_family_that_does_nothing_fails_its_effect_test(
     no_op: dict[str, Any] = {"repair": unchanged, "data": same_rows, "guard": lambda self, run: None}
     monkeypatch.setattr(kind, kind.stage(), no_op[kind.stage()])
     assert not repaired(broken, measured(rates, treat(name)))
+
+
+def test_every_mitigation_has_an_effect_test() -> None:
+    assert set(METHODS) == set(names())
 
 
 def test_mitigations_compose_in_one_run(
