@@ -1,6 +1,7 @@
 """resafe: re-apply safety to language models after fine-tuning, and measure it honestly.
 
-The four verbs, each also a command: `train`, `repair`, `evaluate` (`resafe eval`) and `compare`.
+The four verbs: `train`, `repair`, `evaluate` (the command `resafe eval`) and `compare`, which pairs the targets of one
+evaluation (the command of that name also runs the evaluation).
 """
 
 from __future__ import annotations

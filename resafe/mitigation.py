@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from resafe.errors import ResafeError
+from resafe.models import base_of, is_adapter, read_config
 from resafe.rows import Row
 
 if TYPE_CHECKING:
@@ -103,3 +104,16 @@ class Mitigation(BaseModel):
             raise ResafeError(f"{name} needs the model before fine-tuning: name its folder with --aligned.")
         if self.needs.safety and not run.refusals:
             raise ResafeError(f"{name} needs safety rows: name a file with --safety-data, or leave the shipped pack on.")
+        if run.tuned is not None:
+            self._check_form(name, run.tuned)
+
+    def _check_form(self, name: str, tuned: Path) -> None:
+        """Refuse a form of checkpoint that the method cannot be applied to."""
+        adapter = is_adapter(tuned)
+        if not (self.needs.lora if adapter else self.needs.full):
+            raise ResafeError(f"{name} does not work on {'a LoRA adapter' if adapter else 'a full checkpoint'} such as {tuned}.")
+        home = base_of(tuned) if adapter else tuned
+        if not self.needs.quantised and "quantization_config" in read_config(home / "config.json"):
+            raise ResafeError(
+                f"{name} does not work on weights stored in 4 or 8 bits ({home}): use the unquantised model, quantise the result again."
+            )

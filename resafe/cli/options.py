@@ -27,7 +27,7 @@ def show(table: Any) -> None:
     from rich.console import Console
 
     console = Console()
-    Console(width=max(console.width, 132)).print(table)
+    Console(width=max(console.width, 144)).print(table)
 
 
 def logger() -> Callable[[str], None]:

@@ -11,6 +11,7 @@ import resafe.mitigations as catalogue
 from resafe.errors import ResafeError
 from resafe.mitigation import HOOKS, Mitigation, Run
 from resafe.mitigations import _joined, get, make, names, stack
+from resafe.rows import chat
 
 
 @pytest.mark.parametrize("name", names())
@@ -70,6 +71,14 @@ def test_a_third_party_joins_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> 
     point = EntryPoint("other_mix", "resafe.mitigations.mix_safety:MixSafety", catalogue.GROUP)
     monkeypatch.setattr(catalogue, "_registry", lambda: {"other_mix": point})
     assert make("other_mix:ratio=0.5").mitigation.model_dump()["ratio"] == 0.5
+
+
+def test_what_a_method_cannot_be_applied_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
+    run = Run(output=tmp_path / "out", tuned=tmp_path, refusals=[chat("bad", "no")])
+    for name in ("realign_sft", "realign_dpo"):
+        with pytest.raises(ResafeError, match="4 or 8 bits"):
+            make(name).mitigation.check(name, run)
 
 
 def test_needs_are_checked_before_any_work() -> None:
