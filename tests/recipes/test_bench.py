@@ -15,6 +15,8 @@ from resafe.recipes.plan import plan, summary
 from resafe.recipes.runner import bench
 from resafe.recipes.schema import Recipe, load_recipe, shipped
 from resafe.recipes.tell import publish
+from resafe.rows import chat
+from tests.conftest import write_rows
 
 SMALL: dict[str, Any] = {
     "name": "small", "model": "lab", "safety": "lab", "suites": ["lab_harm", "lab_borderline", "lab_skills"], "limit": 24,
@@ -83,6 +85,18 @@ def test_an_address_changes_with_everything_that_decides_the_result() -> None:
     ]  # fmt: skip
     assert len(set(changed)) == len(changed)
     assert first(limit=5) == first(), "how it is measured does not decide what is made"
+
+
+def test_edited_data_are_other_data(tmp_path: Path) -> None:
+    """Safety, attack and held-out files enter an address by what they hold, not by their names."""
+    files = {name: write_rows(tmp_path / name, [chat("how ?", "so .")]) for name in ("safety.jsonl", "attack.jsonl", "held.jsonl")}
+    attack = {"data": str(files["attack.jsonl"]), "heldout": str(files["held.jsonl"])}
+    recipe = Recipe.model_validate({**SMALL, "safety": str(files["safety.jsonl"]), "attacks": {"own": attack}})
+    seen = {plan(recipe)[0].tuned}
+    for file in files.values():
+        write_rows(file, [chat("how then ?", "so .")])
+        seen.add(plan(recipe)[0].tuned)
+    assert len(seen) == 4
 
 
 def test_an_experiment_runs_reports_and_resumes_without_doing_anything_again(tmp_path: Path) -> None:
