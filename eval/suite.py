@@ -133,10 +133,13 @@ def _parse(file: Path) -> Suite:
         if key not in Suite.model_fields:
             raise ResafeError(f"{file}: unknown key '{key}'. {suggest(str(key), Suite.model_fields)}")
     try:
-        return Suite(**value)
+        suite = Suite(**value)
     except ValidationError as error:
         first = error.errors()[0]
         raise ResafeError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+    if suite.check == "lab" and suite.format != "lab":
+        raise ResafeError(f"{file}: 'check: lab' judges the lab's own rows; a {suite.format} suite needs another check.")
+    return suite
 
 
 def _lab_rows(suite: Suite) -> list[dict[str, Any]]:

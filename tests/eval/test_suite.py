@@ -137,3 +137,22 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
 def test_a_limit_of_nothing_is_refused(make_suite: Make) -> None:
     with pytest.raises(ResafeError, match="limit of 0"):
         load_suite(make_suite(), limit=0)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [('{"q": "a ?"}\n3\n', "row 2 .* not a JSON object"), ('{"q": null}\n', "row 1 .* no text in 'q'"), ('{"q": "a ?"}\n{"q": " "}\n', "row 2 .* no text")],
+)
+def test_a_row_without_a_prompt_is_named(lines: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(lines)
+    file = tmp_path / "s.yaml"
+    file.write_text("name: s\nkind: harmful\nformat: jsonl\ndata: d.jsonl\nprompt: q\nlicence: MIT\nsource: here\n")
+    with pytest.raises(ResafeError, match=said):
+        load_suite(file)
+
+
+def test_the_labs_judge_is_for_the_labs_rows(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("name: s\nkind: utility\nformat: jsonl\ndata: d.jsonl\nprompt: q\ncheck: lab\nlicence: MIT\nsource: here\n")
+    with pytest.raises(ResafeError, match="needs another check"):
+        load_suite(file)
