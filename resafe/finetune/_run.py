@@ -72,14 +72,12 @@ def describe(named: Sequence[Named], safety: SafetyRows | None, seed: int) -> di
 
 
 def link_copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint folder's files, by hard link where the file system allows it (weights are never edited in place)."""
+    """Copy a checkpoint folder: weights, which nobody edits in place, by hard link where the file system allows it."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if not file.is_file() or file.name == manifest.NAME:
             continue
-        try:
-            os.link(file.resolve(), target / file.name)
-        except OSError:
+        if file.suffix != ".safetensors" or not _linked(file.resolve(), target / file.name):
             shutil.copy2(file, target / file.name)
 
 
@@ -94,6 +92,14 @@ def state(folder: Path | None) -> list[Any] | None:
         return None
     files = [(f.name, f.stat()) for f in sorted(folder.iterdir()) if f.is_file()]
     return [str(folder), [[name, s.st_size, s.st_mtime_ns] for name, s in files]]
+
+
+def _linked(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def workplace(output: Path, identity: Any) -> Path:

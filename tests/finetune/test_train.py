@@ -97,6 +97,8 @@ def test_a_guard_alone_links_the_weights_and_records_itself(attacked: Callable[.
     out = repair(tuned, tmp_path / "out", ["filter_output:guard_model=lab"])
     assert torch.equal(logits(out), logits(tuned))
     assert (manifest.read(out) or {})["guard"]["guard_model"] == "lab"
+    assert (out / "model.safetensors").samefile(tuned / "model.safetensors"), "gigabytes are not copied"
+    assert not (out / "config.json").samefile(tuned / "config.json"), "what people edit is their own"
     again = repair(out, tmp_path / "again", ["restore_weights:strength=0.5"], aligned=load_base(tuned))
     assert (manifest.read(again) or {})["guard"]["guard_model"] == "lab", "a recorded guard outlives later repairs"
 
