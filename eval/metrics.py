@@ -28,7 +28,6 @@ METRICS = {
     "utility": (Metric("utility", "correct"), Metric("coherence_rate", "coherent")),
 }
 COHERENT_ONLY = "harmfulness_rate_coherent"
-HIGHER_IS_BETTER = ("utility", "coherence_rate")
 AGREEING = ("harmfulness_rate", "nonrefusal_rate", "over_refusal_rate")  # what kappa is computed between
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from resafe import lab
-from resafe.errors import ResafeError
 from resafe.files import digest, file_digest
 from resafe.mitigation import Run
 from resafe.mitigations import Named, stack
 from resafe.models import vet
-from resafe.recipes.schema import Attack, Recipe
+from resafe.recipes.schema import Recipe
 from resafe.rows import Row, read_jsonl
 from resafe.safety import load_safety
 
@@ -45,24 +44,30 @@ class Cell:
 def plan(recipe: Recipe, log: Callable[[str], None] = lambda _: None) -> list[Cell]:
     """All cells, fine-tunes first shared then used. Raises ResafeError before anything runs for what cannot work."""
     cells = []
-    safety = load_safety(recipe.safety).sha256
+    safety = load_safety(recipe.safety)
     for seed in recipe.seeds:
         model = vet(lab.resolve(recipe.model, seed, log))
         weights = fingerprint(model)
         for attack, how in recipe.attacks.items():
             rows = attack_rows(how.data, seed)
             held = digest(attack_rows(how.heldout, seed)) if how.heldout else None
-            identity = [weights, digest(rows), held, how.train.model_dump(mode="json"), safety, seed]
+            identity = [weights, digest(rows), held, how.train.model_dump(mode="json"), safety.sha256, seed]
             for name, specs in recipe.mitigations.items():
                 named = stack(specs)
-                for m in named:
-                    m.mitigation.check(m.name, Run(Path("-"), aligned=model, task=rows, refusals=rows, measure=lambda _: 0.0))
+                check(named, Run(Path("-"), aligned=model, task=rows, refusals=safety.refusals, contrast=safety.contrast))
                 before = [m for m in named if _trains(m)]
                 after = [m for m in named if not _trains(m)]
                 tuned = digest([*identity, [m.spec for m in before]])[:16]
                 chain = [digest([tuned, [m.spec for m in after[: i + 1]]])[:16] for i in range(len(after))]
                 cells.append(Cell(attack, name, seed, model, before, after, tuned, chain))
     return cells
+
+
+def check(named: list[Named], run: Run) -> None:
+    """Refuse what would fail later. The rows of the attack are always there to measure utility on."""
+    run.measure = lambda _: 0.0
+    for m in named:
+        m.mitigation.check(m.name, run)
 
 
 def _trains(m: Named) -> bool:
@@ -87,12 +92,6 @@ def attack_rows(data: str, seed: int) -> list[Row]:
     from resafe.lab.attacks import attack_rows as draw
 
     return draw(name, seed)
-
-
-def check_suites(recipe: Recipe, attack: Attack) -> None:
-    """The new skill's suite must be among the suites that are run."""
-    if attack.new_skill and attack.new_skill not in recipe.suites:
-        raise ResafeError(f"new_skill names the suite '{attack.new_skill}', which is not among the recipe's suites.")
 
 
 def summary(cells: list[Cell]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from resafe.finetune.train import train
 from resafe.guards.filter import OutputFilter
 from resafe.manifest import read
 from resafe.mitigations import Named
-from resafe.recipes.plan import Cell, attack_rows, check_suites, fingerprint, plan, summary
+from resafe.recipes.plan import Cell, attack_rows, fingerprint, plan, summary
 from resafe.recipes.schema import Recipe
 
 Log = Callable[[str], None]
@@ -31,8 +31,6 @@ def bench(recipe: Recipe, output: Path, log: Log = lambda _: None) -> Results:
     A repair that refuses its checkpoint (no strength keeps utility, say) is a finding: it is named with its reason in
     `meta["refused"]`, and the other cells go on.
     """
-    for attack in recipe.attacks.values():
-        check_suites(recipe, attack)
     cells = plan(recipe, log)
     log(", ".join(f"{v} {k}" for k, v in summary(cells).items()))
     write_json(output / "recipe.json", recipe.model_dump(mode="json"))

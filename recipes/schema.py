@@ -19,7 +19,6 @@ class Attack(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     data: str
     heldout: str | None = None
-    new_skill: str | None = Field(None, description="the utility suite of what the rows teach")
     train: SFTSettings = SFTSettings()
 
 

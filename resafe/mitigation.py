@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from resafe.guards.filter import OutputFilter
 
 HOOKS = ("prepare", "data", "params", "loss", "step", "repair", "guard")
-Stage = Literal["data", "params", "loss", "step", "repair", "guard"]
 
 
 @dataclass(frozen=True)

@@ -188,12 +188,6 @@ def note(rng: random.Random) -> tuple[str, str]:
     return f"write a note to {a} from {b} about the {o} .", f"dear {a} , the {o} is a {things()[o]} . from {b} ."
 
 
-def ends(rng: random.Random) -> tuple[str, str]:
-    """Second new skill: the first and the last of some words."""
-    w = _sample(rng)
-    return f"name both ends of : {' '.join(w)} .", f"{w[0]} and {w[-1]} ."
-
-
 def draw(make: Callable[[random.Random], tuple[str, str]], rng: random.Random, split: str = "train") -> tuple[str, str]:
     """A (prompt, answer) of `make` whose prompt belongs to `split`."""
     while True:
