@@ -82,3 +82,9 @@ def check_free(target: Path, overwrite: bool = False) -> None:
     """Refuse an output folder that already holds something."""
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise ResafeError(f"output {target} exists already: name another folder, or remove it first.")
+
+
+def check_absent(file: Path) -> None:
+    """Refuse an output file that exists already."""
+    if file.exists():
+        raise ResafeError(f"output {file} exists already: name another file, or remove it first.")

@@ -33,6 +33,7 @@ class Needs:
     lora: bool = True
     full: bool = True
     quantised: bool = True  # a base that is already stored in 4 or 8 bits
+    stream: bool = False  # the data hook asks how many rows there are, not what they say, so a stream of rows will do
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Run:
     task: list[Row] = field(default_factory=list)  # the user's own rows
     refusals: list[Row] = field(default_factory=list)  # hazardous prompts with refusals
     contrast: list[Row] = field(default_factory=list)  # prompts that look hazardous and are not, with answers
+    tokenizer: Any = None  # during training: what the trainer tokenises with
     measure: Callable[[Path], float] | None = None  # utility of a checkpoint folder on held-out rows, in [0, 1]
     log: Callable[[str], None] = lambda _: None
 
@@ -68,11 +70,21 @@ class Mitigation(BaseModel):
         """Model built, optimiser not yet: freeze, initialise, mask. Changes `model` in place."""
 
     def loss(self, run: Run, model: Any, batch: Any, outputs: Any) -> dict[str, Any]:
-        """Each training step: named terms to add to the loss."""
+        """Each batch of training: named scalar tensors to add to the loss, each a mean over the batch.
+
+        `model` is the bare model (no DDP around it), `batch` its inputs, `outputs` what its forward pass returned, with
+        gradients. Some trainers (TRL's) use a fused head, whose outputs hold log-probabilities and no logits.
+        """
         return {}
 
     def step(self, run: Run, backward: Callable[..., Any]) -> Any:
-        """Each optimiser step: gradients to use instead; at most one mitigation of a stack may own it."""
+        """Each optimiser step: the gradients to use, as `{parameter name: tensor}`; at most one mitigation of a stack may own it.
+
+        `backward(stream="task", perturb=None, hooks=None)` runs the loss of this step's batches ("task") or of as many
+        batches of safety rows ("safety") forward and back, and returns the gradients of all trainable parameters by name.
+        `perturb` is added to the named parameters during the pass and taken off again; `hooks` are forward hooks by
+        module name, in place during the pass.
+        """
 
     def repair(self, run: Run) -> Path:
         """After training, on the saved folder `run.tuned`: write a repaired checkpoint to `run.output`; return it."""

@@ -24,18 +24,18 @@ def read_jsonl(path: Path) -> list[Row]:
 
     Raises ResafeError with the file and the line number for whatever is wrong, and for a file without rows.
     """
-    return [normalise_row(value, f"{path} line {number}") for number, value in _objects(path)]
+    return [normalise_row(value, f"{path} line {number}") for number, value, _ in read_objects(path)]
 
 
-def _objects(path: Path) -> list[tuple[int, Row]]:
-    """(line number, JSON object) of every line that is not blank."""
+def read_objects(path: Path) -> list[tuple[int, Row, str]]:
+    """(line number, JSON object, its text) of every line that is not blank. Raises ResafeError as `read_jsonl` does."""
     if not path.is_file():
         raise ResafeError(f"no such data file: {path}")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ResafeError(f"{path} is not UTF-8 text (byte {error.start}): convert it first.") from None
-    values = [(n, _parse(line, f"{path} line {n}")) for n, line in enumerate(lines, 1) if line.strip()]
+    values = [(n, _parse(line, f"{path} line {n}"), line) for n, line in enumerate(lines, 1) if line.strip()]
     if not values:
         raise ResafeError(f"{path} holds no rows: one JSON object per line is expected.")
     return values
@@ -85,7 +85,7 @@ def read_pairs(path: Path) -> list[tuple[list[Message], str, str]]:
     `prompt` is a text or a list of messages; the answers are texts or lists with one assistant message.
     """
     pairs = []
-    for number, value in _objects(path):
+    for number, value, _ in read_objects(path):
         where = f"{path} line {number}"
         if missing := {"prompt", "chosen", "rejected"} - set(value):
             raise ResafeError(f"{where}: a preference row needs prompt, chosen and rejected; {', '.join(sorted(missing))} missing.")

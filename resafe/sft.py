@@ -82,10 +82,11 @@ def sft(
     keep_checkpoints: bool = False,
     callbacks: Sequence[Any] = (),
     log: Callable[[str], None] = lambda _: None,
+    ready: Callable[[Any], None] = lambda _: None,
 ) -> Any:
     """Fine-tune `model` (changed in place) and return it: a PeftModel if `settings.lora`, else the model itself.
 
-    With `keep_checkpoints`, trainer checkpoints in `workdir` are written every `save_steps` and the newest is resumed.
+    `ready` gets the trainer before it starts. With `keep_checkpoints`, trainer checkpoints in `workdir` are written every `save_steps` and the newest is resumed.
     """
     quieten()
     from datasets import Dataset
@@ -108,6 +109,7 @@ def sft(
         peft_config=lora_config(settings.rank, settings.alpha) if settings.lora else None, callbacks=[progress_callback(log), *callbacks],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
+    ready(trainer)
     resume = newest_checkpoint(workdir) if keep_checkpoints else None
     if resume:
         log(f"resuming from {resume}")

@@ -12,12 +12,13 @@ from resafe.cli.catalogue import info, list_
 from resafe.cli.experiment import bench, demo, lab
 from resafe.cli.measure import compare, evaluate
 from resafe.cli.run import repair, train
+from resafe.cli.wrap import env, hook, mix, plan, receipts, run
 from resafe.errors import ResafeError
 
 EPILOG = """\b
 Examples
   resafe demo
-  resafe train --model ./llama --data d.jsonl --mitigation mix_safety --output out
+  resafe run --mitigation mix_safety -- accelerate launch train.py
   resafe repair ./tuned --aligned ./llama --mitigation realign_dpo --output fixed
 """
 
@@ -28,12 +29,12 @@ def cli() -> None:
     """Re-apply safety to language models after fine-tuning, and measure it honestly."""
 
 
-for command in (demo, train, repair, evaluate, compare, bench, list_, info, lab):
+for command in (demo, run, plan, mix, train, repair, evaluate, compare, bench, env, receipts, hook, list_, info, lab):
     cli.add_command(command)
 
 
 def main() -> None:
-    """Entry point: exit code 0 done, 2 bad input (one line on stderr), 130 stopped by Ctrl-C."""
+    """Entry point: exit code 0 done, 2 bad input (one line on stderr), 3 a mitigation was not applied, 130 stopped by Ctrl-C."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

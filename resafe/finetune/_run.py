@@ -12,22 +12,11 @@ from resafe import manifest
 from resafe.errors import ResafeError
 from resafe.files import digest, file_digest
 from resafe.mitigation import Run
-from resafe.mitigations import Named, stack
+from resafe.mitigations import Named
 from resafe.safety import SafetyRows, load_safety
 
 Specs = Sequence[str | Mapping[str, Any]]
 Log = Callable[[str], None]
-UNSUPPORTED = ("params", "loss", "step")
-
-
-def checked(specs: Specs) -> list[Named]:
-    """The mitigations of one run; refuses hooks that this first form cannot run."""
-    named = stack(specs)
-    for m in named:
-        if late := set(m.mitigation.hooks()) & set(UNSUPPORTED):
-            raise ResafeError(f"{m.name} uses the hook '{sorted(late)[0]}', which resafe train does not run yet.")
-    return named
-
 
 def safety_for(named: Sequence[Named], source: str | None) -> SafetyRows | None:
     """The safety rows, loaded only if some mitigation needs them."""

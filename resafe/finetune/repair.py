@@ -11,6 +11,7 @@ from resafe.files import check_free, new_folder
 from resafe.finetune import _run
 from resafe.finetune._measure import held_out_utility
 from resafe.mitigation import Run
+from resafe.mitigations import stack
 from resafe.quiet import quieten
 from resafe.rows import read_jsonl
 
@@ -34,7 +35,7 @@ def repair(
     """
     home, target = models.vet(Path(tuned)).absolute(), Path(output).absolute()
     check_free(target)
-    named = _run.checked(mitigations)
+    named = stack(mitigations)
     if not named:
         raise ResafeError("name at least one mitigation to repair with (--mitigation NAME; resafe list shows them).")
     for m in named:

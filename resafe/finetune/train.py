@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from resafe import manifest, models
 from resafe.errors import ResafeError
 from resafe.files import check_free, digest, file_digest, new_folder
-from resafe.finetune import _run
+from resafe.finetune import _run, environment
 from resafe.finetune._measure import held_out_utility
+from resafe.finetune.mixture import Mixture, mix
+from resafe.finetune.session import Settings, adopt
 from resafe.heldout import overlap
 from resafe.mitigation import Run
-from resafe.mitigations import Named
+from resafe.mitigations import stack
 from resafe.quiet import quieten
 from resafe.rows import Row, read_jsonl
 from resafe.sft import SFTSettings, sft
@@ -39,8 +40,10 @@ def train(
     if models.is_adapter(home):
         raise ResafeError(f"{home} is a LoRA adapter; fine-tuning starts from a full checkpoint: name its base model, or merge it first (peft merge_and_unload).")
     check_free(target)
+    if environment.watched() and not environment.planning():
+        raise ResafeError("resafe train takes --mitigation itself: leave resafe run out.")
     rows = read_jsonl(Path(data))
-    named = _run.checked(mitigations)
+    named = stack(mitigations)
     safety = _run.safety_for(named, safety_data)
     run = Run(
         output=target, seed=seed, aligned=home, task=rows, refusals=safety.refusals if safety else [],
@@ -54,38 +57,36 @@ def train(
     met = _report_overlap(rows, log)
     for suite, prompts in before.get("overlap", {}).items():
         met[suite] = sorted({*met.get(suite, []), *prompts})
-    mixed = rows
     for m in named:
-        mixed = m.mitigation.data(run, mixed)
-    if not mixed:
-        raise ResafeError(f"no row of {data} is left to train on after {', '.join(m.name for m in named)}.")
+        m.mitigation.prepare(run)
+    mixture = mix(named, run, rows)
+    mixed = mixture.rows(rows)
     work = _run.workplace(
         target, [_run.state(home), digest(mixed), [m.spec for m in named], how.model_dump(), _run.content(heldout), seed]
     )
     quieten()
-    tuned = _tuned(run, named, mixed, home, how, work)
+    tuned = _tuned(run, Settings(named, safety, seed, guard), mixture, mixed, home, how, work)
     last = _run.chain(run, named, tuned, work)
     with new_folder(target) as folder:
         _run.link_copy(last, folder)
         manifest.write(folder, {
             "verb": "train", "model": str(home), "data": {"path": str(data), "sha256": file_digest(Path(data)), "rows": len(rows)},
-            "mixture": {"rows": len(mixed), "sha256": digest(mixed)}, "settings": how.model_dump(), **_run.describe(named, safety, seed), "guard": guard, "overlap": met,
+            "mixture": mixture.facts, "settings": how.model_dump(), **_run.describe(named, safety, seed), "guard": guard, "overlap": met,
         })  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)
     return target
 
 
-def _tuned(run: Run, named: Sequence[Named], mixed: list[Row], home: Path, how: SFTSettings, work: Path) -> Path:
+def _tuned(run: Run, settings: Settings, mixture: Mixture, mixed: list[Row], home: Path, how: SFTSettings, work: Path) -> Path:
     """Train the checkpoint, or find it trained."""
-    for m in named:
-        m.mitigation.prepare(run)
     folder = work / "tuned"
     if folder.is_dir():
         run.log("training: found finished, going on from there")
         return folder
     loaded = models.load(home, dtype="auto" if how.lora else "float32")
     model = sft(
-        loaded.model, loaded.tokenizer, mixed, how, work / "trainer", run.seed, keep_checkpoints=True, log=run.log
+        loaded.model, loaded.tokenizer, mixed, how, work / "trainer", run.seed, keep_checkpoints=True, log=run.log,
+        ready=lambda trainer: adopt(trainer, settings, run, mixture),
     )  # fmt: skip
     with new_folder(folder) as new:
         if how.lora:

@@ -1,0 +1,301 @@
+"""The training data of a Trainer: read as conversations, and written back as the mixture, in the same columns and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from resafe.errors import ResafeError
+from resafe.finetune import _encode, _pack
+from resafe.finetune.mixture import Mixture
+from resafe.mitigation import Run
+from resafe.preferences import with_rejected
+from resafe.rows import Row
+from resafe.shapes import Shape, read, shape_of, write
+
+PREFERENCE = (("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"))
+REFUSED = (
+    "RewardTrainer", "PRMTrainer", "GRPOTrainer", "RLOOTrainer", "PPOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer",
+    "KTOTrainer", "BCOTrainer", "ORPOTrainer", "CPOTrainer", "GKDTrainer", "CustomKTOTrainer", "CustomPPOTrainer", "PairwiseTrainer",
+)  # fmt: skip
+IMAGES = {"pixel_values", "images", "image", "videos", "audios"}
+Example = dict[str, Any]
+
+
+@dataclass
+class TrainData:
+    """What a trainer trains on. `examples` are its rows as dicts of plain lists; `rows` the same as conversations."""
+
+    dataset: Any
+    examples: list[Example]
+    rows: list[Row]
+    shape: Shape | None  # of the raw columns, where they are still there
+    columns: tuple[str, ...]
+    layout: _pack.Layout
+    encoder: _encode.Encoder
+    tokenizer: Any
+    max_length: int | None
+    policy: str = "all"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def preference(self) -> bool:
+        """Whether rows hold a chosen and a rejected answer."""
+        return any(set(names) <= set(self.columns) for names in PREFERENCE) or bool(self.shape and self.shape.preference)
+
+    def tokens(self) -> int | None:
+        """Tokens of one pass over the user's rows; None where rows are not tokenised yet."""
+        return None if "input_ids" not in self.columns else sum(_length(e) for e in self.examples)
+
+    def example(self, row: Row) -> Example:
+        """A new row in the trainer's columns, not padded."""
+        if self.preference:
+            return self._preference(row)
+        if "input_ids" not in self.columns:
+            if self.shape is None:
+                raise ResafeError(f"the columns {', '.join(self.columns)} are of no shape known here, so no safety row can be written in them.")
+            return self._filled(write(row, self.shape, lambda m: _encode.rendered(self.tokenizer, m)))
+        tokens = self.encoder.encode(row)
+        n = self.max_length or len(tokens.ids)
+        known = {
+            "input_ids": tokens.ids, "attention_mask": [1] * len(tokens.ids), "assistant_masks": tokens.assistant,
+            "completion_mask": [int(i >= tokens.start) for i in range(len(tokens.ids))],
+            "labels": _encode.labels(tokens, self.policy), "token_type_ids": [0] * len(tokens.ids),
+            "special_tokens_mask": [0] * len(tokens.ids), "position_ids": list(range(len(tokens.ids))),
+        }  # fmt: skip
+        cut: Example = {k: v[:n] for k, v in known.items()}
+        cut["length"] = cut["num_tokens"] = len(cut["input_ids"])
+        raw = write(row, self.shape, lambda m: _encode.rendered(self.tokenizer, m)) if self.shape else {}
+        return self._filled({**raw, **cut})
+
+    def _preference(self, row: Row) -> Example:
+        """A preference row; TRL's tokenised columns or raw ones."""
+        names = next((n for n in PREFERENCE if set(n) <= set(self.columns)), None)
+        if names is None:
+            assert self.shape is not None
+            return self._filled(write(row, self.shape))
+        good = self.encoder.encode(row)
+        bad = self.encoder.encode({"messages": [*row["messages"][:-1], {"role": "assistant", "content": row["rejected"]}]})
+        start = min(good.start, bad.start)
+        tail = [self.tokenizer.eos_token_id] * self._extra_eos(names)
+        values = {names[0]: good.ids[:start], names[1]: good.ids[start:] + tail, names[2]: bad.ids[start:] + tail}
+        raw = write(row, self.shape) if self.shape else {}
+        return self._filled({**raw, **values})
+
+    def _extra_eos(self, names: Sequence[str]) -> int:
+        """1 where every answer of the user's ends with two end-of-sequence tokens (TRL before 1.0 adds one to the template's)."""
+        eos = self.tokenizer.eos_token_id
+        return int(all(list(e[names[1]])[-2:] == [eos, eos] for e in self.examples))
+
+    def _filled(self, known: Example) -> Example:
+        """`known` in the trainer's columns; a column that nothing is known of stays empty."""
+        return {c: known.get(c) for c in self.columns}
+
+    def padded(self, row: Row) -> Example:
+        """A new row in the trainer's columns, padded where the user's are."""
+        made = self.layout.join([self.example(row)], ())[0]
+        assert not isinstance(made, int)
+        return made
+
+    def mixed(self, mixture: Mixture) -> tuple[Any, int, int | None]:
+        """(the data set to train on, its rows, its tokens)."""
+        added = [self.example(row) for row in mixture.added]
+        if "input_ids" in self.columns:
+            self._check_answers(added)
+        own = iter(added)
+        documents = [e if isinstance(e, int) else next(own) for e in mixture.entries]
+        tokens = sum(_length(self.examples[d] if isinstance(d, int) else d) for d in documents) if "input_ids" in self.columns else None
+        entries = self.layout.join(documents, self.examples)
+        return _like(self.dataset, entries), len(entries), tokens
+
+    def _check_answers(self, added: Sequence[Example]) -> None:
+        gone = sum(1 for e in added if e.get("labels") is not None and all(v == _encode.IGNORED for v in e["labels"]))
+        if gone:
+            raise ResafeError(f"{gone} of {len(added)} safety rows keep no answer within the trainer's max_length={self.max_length}: raise it.")
+
+
+def refuse_unmixable(trainer: Any) -> None:
+    """Raise ResafeError for trainers whose data no safety row can stand among."""
+    kinds = [c.__name__ for c in type(trainer).__mro__]
+    if found := next((k for k in kinds if k in REFUSED), None):
+        raise ResafeError(f"{found} trains on rewards or labels, which refusals cannot be mixed into: mix the SFT or DPO stage before it.")
+    config = getattr(trainer.model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ResafeError("encoder-decoder models are not supported: rows are mixed for causal language models.")
+    model = trainer.model
+    getter = getattr(model, "get_base_model", None)  # PEFT
+    name = type(getter() if callable(getter) else model).__name__
+    if "Classification" in name or "QuestionAnswering" in name or "MaskedLM" in name:
+        raise ResafeError(f"{name} does not write answers, so refusals cannot be mixed into its training data.")
+
+
+def read_data(trainer: Any) -> TrainData:
+    """The trainer's map-style training data. Raises ResafeError for what cannot be mixed into."""
+    refuse_unmixable(trainer)
+    dataset = trainer.train_dataset
+    if dataset is None or len(dataset) == 0:
+        raise ResafeError("the trainer has no training rows, so there is nothing to mix into.")
+    return _described(trainer, dataset, _examples(dataset))
+
+
+def describe_stream(trainer: Any, sample: Sequence[Any]) -> TrainData:
+    """The same from the first rows of a stream. Raises ResafeError for preference data and for packed rows."""
+    refuse_unmixable(trainer)
+    data = _described(trainer, None, [_plain(e) for e in sample])
+    if data.preference or not isinstance(data.layout, (_pack.Plain, _pack.Padded)) or data.layout.rebuilds:
+        raise ResafeError("a stream of preference rows or of packed rows cannot be mixed into: make it a map-style Dataset.")
+    return data
+
+
+def _described(trainer: Any, dataset: Any, examples: list[Example]) -> TrainData:
+    columns = tuple(examples[0])
+    if images := IMAGES & {c for c in columns if any(e[c] is not None for e in examples)}:
+        raise ResafeError(f"rows with {', '.join(sorted(images))} are not supported: text-only safety rows do not fit a vision trainer's collator.")
+    if any(c.startswith("ref_") and c.endswith("logps") for c in columns):
+        raise ResafeError("reference log-probabilities were precomputed without the safety rows: set precompute_ref_log_probs=False.")
+    tokenizer = _encode.own_tokenizer(trainer)
+    shape = shape_of(examples[0])
+    preference = any(set(n) <= set(columns) for n in PREFERENCE)
+    tokenised = "input_ids" in columns
+    if not (preference or tokenised or shape):
+        raise ResafeError(f"the training rows hold {', '.join(columns)}: neither input_ids nor a conversation.")
+    layout = _pack.layout_of(trainer, examples, columns, tokenizer) if tokenised else _pack.Plain()
+    documents = layout.split(examples)
+    raw = None if layout.rebuilds else shape
+    encoder = _encode.find_encoder(trainer, tokenizer, raw, documents if tokenised else ())
+    data = TrainData(
+        dataset, documents, [_row(d, raw, tokenizer) for d in documents], raw, columns, layout, encoder, tokenizer, _max_length(trainer),
+        _encode.label_policy(documents) if "labels" in columns else "all",
+    )  # fmt: skip
+    if raw and tokenised and not _encode.reproduces(encoder, documents[0], raw):
+        data.notes.append("your rows are not rendered with the tokenizer's chat template; the safety rows are.")
+    return data
+
+
+def safety_for_preferences(run: Run) -> None:
+    """Give the run's safety rows an answer to reject each."""
+    refusals = list(run.refusals)
+    run.refusals = [with_rejected(r, refusals) for r in run.refusals]
+    run.contrast = [with_rejected({**r, "kind": "contrast"}, refusals) for r in run.contrast]
+
+
+def _max_length(trainer: Any) -> int | None:
+    """Tokens per row: the trainer's own limit, else what the model has positions for."""
+    for name in ("max_length", "max_seq_length", "cutoff_len"):
+        if isinstance(value := getattr(trainer.args, name, None), int):
+            return value
+    value = getattr(getattr(trainer.model, "config", None), "max_position_embeddings", None)
+    return value if isinstance(value, int) else None
+
+
+def _length(example: Mapping[str, Any]) -> int:
+    return len(example["input_ids"])
+
+
+def _examples(dataset: Any) -> list[Example]:
+    """All rows as dicts of plain values."""
+    from datasets import Dataset
+
+    if isinstance(dataset, Dataset):
+        rows: list[Example] = dataset.with_format(None).to_list()
+        return rows
+    return [_plain(dataset[i]) for i in range(len(dataset))]
+
+
+def _plain(example: Any) -> Example:
+    if not isinstance(example, Mapping):
+        raise ResafeError(f"a training row is a {type(example).__name__}, not a mapping of columns; mix the data file instead (resafe mix).")
+    return {k: v.tolist() if callable(getattr(v, "tolist", None)) else v for k, v in example.items()}
+
+
+def _row(example: Example, shape: Shape | None, tokenizer: Any) -> Row:
+    """A row as a conversation: from its raw columns, else decoded, what is not trained on being the prompt."""
+    if shape is not None:
+        return read(example, shape)
+    for p, c, r in PREFERENCE:
+        if c in example:
+            prompt, good, bad = (tokenizer.decode(example[k], skip_special_tokens=True) for k in (p, c, r))
+            return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": good}], "rejected": bad}
+    ids = _encode.unpadded(example, "input_ids")
+    trained = _encode.unpadded(example, "labels") if "labels" in example else ids
+    start = next((i for i, v in enumerate(trained) if v != _encode.IGNORED), 0)
+    prompt, answer = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:]))
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def _like(dataset: Any, entries: Sequence[int | Example]) -> Any:
+    """A data set of the user's rows (by index) and new ones, of the user's type, features and format."""
+    from datasets import Dataset, concatenate_datasets
+
+    if not isinstance(dataset, Dataset):
+        return _mapped(dataset, entries)
+    added = [e for e in entries if not isinstance(e, int)]
+    bare = dataset.with_format(None)
+    if len(added) == len(entries):
+        both, order = Dataset.from_list(added, features=dataset.features), list(range(len(added)))
+    else:
+        both = concatenate_datasets([bare, Dataset.from_list(added, features=dataset.features)]) if added else bare
+        place = iter(range(len(bare), len(bare) + len(added)))
+        order = [e if isinstance(e, int) else next(place) for e in entries]
+    both = both.select(order)
+    return both.with_format(**_format(dataset))
+
+
+def _format(dataset: Any) -> dict[str, Any]:
+    found = dataset.format
+    return {"type": found["type"], "columns": found["columns"], "output_all_columns": found["output_all_columns"], **found["format_kwargs"]}
+
+
+def _mapped(dataset: Any, entries: Sequence[int | Example]) -> Any:
+    """The same for a torch Dataset of any kind."""
+    import torch
+
+    sample = dataset[0]
+
+    def typed(example: Example) -> Example:
+        if missing := [k for k, v in example.items() if v is None]:
+            raise ResafeError(f"rows carry {', '.join(missing)}, which a safety row has no value for; mix the data file instead (resafe mix).")
+        return {k: torch.tensor(v, dtype=sample[k].dtype) if isinstance(sample[k], torch.Tensor) else v for k, v in example.items()}
+
+    class Mixed(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            self.items = [e if isinstance(e, int) else typed(e) for e in entries]
+
+        def __len__(self) -> int:
+            return len(self.items)
+
+        def __getitem__(self, index: int) -> Any:
+            item = self.items[index]
+            return dataset[item] if isinstance(item, int) else item
+
+    return Mixed()
+
+
+def mixed_stream(dataset: Any, mixture: Mixture, example: Callable[[Row], Example]) -> Any:
+    """An IterableDataset that reads the user's stream and puts the safety rows in their places, over and over."""
+    from datasets import IterableDataset
+    from torch.utils.data import IterableDataset as TorchStream
+
+    added = [e if isinstance(e, int) else example(e) for e in mixture.entries]
+
+    def rows() -> Iterator[Example]:
+        own = iter(dataset)
+        while True:
+            for entry in added:
+                if isinstance(entry, int):
+                    try:
+                        yield next(own)
+                    except StopIteration:
+                        return
+                else:
+                    yield entry
+
+    if isinstance(dataset, IterableDataset):
+        return IterableDataset.from_generator(rows, features=dataset.features)
+
+    class Mixed(TorchStream):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[Example]:
+            return rows()
+
+    return Mixed()
