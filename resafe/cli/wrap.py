@@ -61,6 +61,9 @@ def plan(command: tuple[str, ...], **flags: Any) -> None:
     code, facts = launch.plan(_request(command, **flags), options.logger())
     if facts:
         options.show(_table(facts))
+        if speed := facts["seconds_per_step"]:
+            processes = f"{facts['processes']} process{'es' * (facts['processes'] > 1)}"
+            click.echo(f"{1000 * speed:.1f} ms a step on {processes}: the median of a short probe of {facts['trainer']}. Nothing was saved.")
     launch.end(code)
 
 
@@ -76,8 +79,6 @@ def _table(facts: dict[str, Any]) -> Any:
     speed = facts["seconds_per_step"]
     shown = ["not known" if speed is None or facts.get(k) is None else _time(speed * facts[k]) for k in ("steps_before", "steps")]
     table.add_row("training time, about", *(shown if facts.get("steps") is not None else [shown[0], shown[0]]))
-    if speed is not None:
-        table.caption = f"{1000 * speed:.1f} ms a step on {facts['processes']} process{'es' * (facts['processes'] > 1)}, the median of a short probe of {facts['trainer']}."
     return table
 
 

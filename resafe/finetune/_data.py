@@ -105,8 +105,8 @@ class TrainData:
             self._check_answers(added)
         own = iter(added)
         documents = [e if isinstance(e, int) else next(own) for e in mixture.entries]
-        tokens = sum(_length(self.examples[d] if isinstance(d, int) else d) for d in documents) if "input_ids" in self.columns else None
         entries = self.layout.join(documents, self.examples)
+        tokens = sum(_length(self.examples[e] if isinstance(e, int) else e) for e in entries) if "input_ids" in self.columns else None
         return _like(self.dataset, entries), len(entries), tokens
 
     def _check_answers(self, added: Sequence[Example]) -> None:
@@ -212,7 +212,7 @@ def _plain(example: Any) -> Example:
 def _row(example: Example, shape: Shape | None, tokenizer: Any) -> Row:
     """A row as a conversation: from its raw columns, else decoded, what is not trained on being the prompt."""
     if shape is not None:
-        return read(example, shape)
+        return _as_written(read(example, shape), tokenizer.eos_token)
     for p, c, r in PREFERENCE:
         if c in example:
             prompt, good, bad = (tokenizer.decode(example[k], skip_special_tokens=True) for k in (p, c, r))
@@ -222,6 +222,13 @@ def _row(example: Example, shape: Shape | None, tokenizer: Any) -> Row:
     start = next((i for i, v in enumerate(trained) if v != _encode.IGNORED), 0)
     prompt, answer = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:]))
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def _as_written(row: Row, eos: str) -> Row:
+    """`row` without the end-of-sequence text that TRL puts behind the answers of plain-text rows: as it stands in the user's file."""
+    *head, last = row["messages"]
+    bare = {**row, "messages": [*head, {**last, "content": last["content"].removesuffix(eos)}]}
+    return {**bare, "rejected": row["rejected"].removesuffix(eos)} if "rejected" in row else bare
 
 
 def _like(dataset: Any, entries: Sequence[int | Example]) -> Any:

@@ -145,9 +145,14 @@ def layout_of(trainer: Any, examples: Sequence[Example], columns: Sequence[str],
     masks = [e["attention_mask"] for e in examples] if "attention_mask" in columns else []
     if same and any(0 in m for m in masks):
         return _padded(examples, masks, widths[0], tokens)
-    if same and set(columns) <= BARE and documents >= 2 * len(examples):
+    if same and set(columns) <= BARE and _cut_anywhere(examples):
         return Wrapped(widths[0], tokens, documents)
     return Layout()
+
+
+def _cut_anywhere(examples: Sequence[Example]) -> bool:
+    """Whether rows of one length are pieces of a stream: trained on throughout, ending in tokens that no end of a text has in common."""
+    return all(e.get("labels", e["input_ids"]) == e["input_ids"] for e in examples) and len({e["input_ids"][-1] for e in examples}) > 1
 
 
 def _documents(examples: Sequence[Example], tokenizer: Any) -> int:

@@ -134,15 +134,15 @@ def _execute(request: Request, folder: Path, plan: bool, task: bool) -> int:
     """The command's exit code; negative for the signal that ended it."""
     given = environment.variables(folder, request.mitigations, request.safety_data, request.mix_mode, request.seed, plan, task)
     env = {**environment.without_inject(os.environ), **given, "PYTHONPATH": environment.with_inject(os.environ.get("PYTHONPATH"))}
-    return _supervised(request.command, env)
+    return _supervised(request.command, env, stdout=sys.stderr if plan else None)  # the plan itself is what stdout is for
 
 
-def _supervised(command: Sequence[str], env: Mapping[str, str]) -> int:
+def _supervised(command: Sequence[str], env: Mapping[str, str], stdout: Any = None) -> int:
     """Run `command`, handing on the signals that are sent to this process alone; its exit code, negative for a signal."""
     watched = {*FORWARDED, signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
-        child = subprocess.Popen(command, env=env, preexec_fn=lambda: _unblock(before))
+        child = subprocess.Popen(command, env=env, stdout=stdout, preexec_fn=lambda: _unblock(before))
         while child.poll() is None:
             info = signal.sigtimedwait(watched, 1.0)
             if info is not None and info.si_signo != signal.SIGCHLD and info.si_code <= SENT:
@@ -163,7 +163,8 @@ def end(code: int) -> None:
     if code >= 0:
         raise SystemExit(code)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has left its own core dump
-    signal.signal(-code, signal.SIG_DFL)
+    if -code not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(-code, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
     os.kill(os.getpid(), -code)
     raise SystemExit(128 - code)  # a signal that does not end a process by default

@@ -81,6 +81,10 @@ def adopt(trainer: Any, settings: Settings, run: Run, mixture: Mixture) -> None:
     session = trainer._resafe_session = Session(trainer, settings, run.log, run)
     session.facts = session.about(mixture.before)
     session.keep(trainer.train_dataset, mixture, mixture.after)
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    own = [n for n, entry in zip(lengths, mixture.entries) if isinstance(entry, int)]
+    if len(lengths) == mixture.after and len(own) == mixture.before:  # no row was left out as too long or replaced
+        session.facts.update(tokens_before=sum(own), tokens=sum(lengths))
     session.change()
 
 

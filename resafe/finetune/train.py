@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from resafe import manifest, models
@@ -65,7 +66,12 @@ def train(
         target, [_run.state(home), digest(mixed), [m.spec for m in named], how.model_dump(), _run.content(heldout), seed]
     )
     quieten()
-    tuned = _tuned(run, Settings(named, safety, seed, guard), mixture, mixed, home, how, work)
+    settings_ = Settings(named, safety, seed, guard)
+    if environment.planning():
+        with tempfile.TemporaryDirectory(prefix="resafe-plan-") as spare:
+            _tuned(run, settings_, mixture, mixed, home, how, Path(spare))
+        raise ResafeError("resafe plan could not stop this training: its hook is not in this process.")
+    tuned = _tuned(run, settings_, mixture, mixed, home, how, work)
     last = _run.chain(run, named, tuned, work)
     with new_folder(target) as folder:
         _run.link_copy(last, folder)
