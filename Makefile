@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check table setup clean
+.PHONY: demo test compat check setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/resafe demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# LLaMA-Factory and axolotl at their own pins, each in an environment of its own (about 8 GB of packages, once).
+compat: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/compat -m compat
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -27,4 +31,4 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .compat runs build *.egg-info

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from resafe.errors import ResafeError
-from resafe.rows import Message, Row, answer_of, prompt_of
+from resafe.rows import Message, Row, prompt_of
 
+Render = Callable[[Sequence[Message], bool], str]
+MARKS = re.compile(r"<\|[\w ]+\|>|\[/?INST\]|<(start|end)_of_turn>|<\uff5c\w+\uff5c>")
 FROM = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 TO = {"user": "human", "assistant": "gpt", "system": "system"}
 
@@ -65,15 +68,16 @@ def read(example: Mapping[str, Any], shape: Shape) -> Row:
     return {"messages": [*prompt, *_turns(example[tail], "assistant")]}
 
 
-def write(row: Row, shape: Shape, render: Callable[[Sequence[Message]], str] | None = None) -> dict[str, Any]:
+def write(row: Row, shape: Shape, render: Render | None = None) -> dict[str, Any]:
     """A conversation in `shape`, with that shape's keys only.
 
-    `render` turns messages into text, for the shape `text`. Raises ResafeError for a conversation of several turns where the
-    shape holds one, and for `text` without `render`.
+    `render(messages, open)` gives the text of messages in a chat template (`open`: up to where the assistant starts to write). It is
+    needed for the shape `text`; shapes of a prompt and an answer are written in the template's marks if it is given.
+    Raises ResafeError for a conversation of several turns where the shape holds one, and for `text` without `render`.
     """
     messages: list[Message] = row["messages"]
     if shape.preference:
-        return _preference(row, shape)
+        return _preference(row, shape, render)
     if shape.name == "messages":
         return {"messages": messages}
     if shape.name == "conversations":
@@ -81,23 +85,40 @@ def write(row: Row, shape: Shape, render: Callable[[Sequence[Message]], str] | N
     if shape.name == "text":
         if render is None:
             raise ResafeError("rows of plain 'text' need the chat template of the model that they are for: name its folder with --tokenizer.")
-        return {"text": render(messages)}
+        return {"text": render(messages, False)}
     head, tail = shape.keys[:2]
     if shape.chat:
         return {head: prompt_of(row), tail: messages[-1:]}
-    return {**dict.fromkeys(shape.keys, ""), head: _one_turn(prompt_of(row), shape), tail: answer_of(row)}
+    prompt, answer = _texts(messages, shape, render)
+    return {**dict.fromkeys(shape.keys, ""), head: prompt, tail: answer}
 
 
-def _preference(row: Row, shape: Shape) -> dict[str, Any]:
+def _preference(row: Row, shape: Shape, render: Render | None) -> dict[str, Any]:
     if "rejected" not in row:
         raise ResafeError("a safety row for preference data needs an answer to reject.")
     prompt, chosen = prompt_of(row), row["messages"][-1:]
     rejected = [{"role": "assistant", "content": row["rejected"]}]
     if not shape.chat:
-        return {"prompt": _one_turn(prompt, shape), "chosen": answer_of(row), "rejected": row["rejected"]}
+        opening, good = _texts([*prompt, *chosen], shape, render)
+        return {"prompt": opening, "chosen": good, "rejected": _texts([*prompt, *rejected], shape, render)[1]}
     if "prompt" in shape.keys:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     return {"chosen": [*prompt, *chosen], "rejected": [*prompt, *rejected]}
+
+
+def _texts(messages: Sequence[Message], shape: Shape, render: Render | None) -> tuple[str, str]:
+    """(prompt, answer) as texts, bare or in the marks of a chat template."""
+    if render is None:
+        return _one_turn(messages[:-1], shape), messages[-1]["content"]
+    prompt, whole = render(messages[:-1], True), render(messages, False)
+    if not whole.startswith(prompt):
+        raise ResafeError("this chat template renders a prompt differently once its answer stands behind it, so the two cannot be told apart.")
+    return prompt, whole[len(prompt) :]
+
+
+def marked(texts: Iterable[str]) -> bool:
+    """Whether texts carry the marks of a chat template, such as <|user|>, [INST] or <start_of_turn>."""
+    return any(MARKS.search(text) for text in texts)
 
 
 def _one_turn(prompt: Sequence[Message], shape: Shape) -> str:

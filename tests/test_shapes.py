@@ -9,7 +9,7 @@ import pytest
 from resafe.errors import ResafeError
 from resafe.preferences import COMPLIANT_OPENING, with_rejected
 from resafe.rows import chat
-from resafe.shapes import read, shape_of, write
+from resafe.shapes import marked, read, shape_of, write
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ def test_a_preference_row_comes_back_as_it_was(name: str) -> None:
 def test_text_is_rendered_and_refused_without_a_template() -> None:
     shape = shape_of({"text": "once"})
     assert shape is not None
-    assert write(chat("q", "a"), shape, lambda m: f"{m[0]['content']}|{m[1]['content']}") == {"text": "q|a"}
+    assert write(chat("q", "a"), shape, lambda m, _: f"{m[0]['content']}|{m[1]['content']}") == {"text": "q|a"}
     with pytest.raises(ResafeError, match="--tokenizer"):
         write(chat("q", "a"), shape)
 
@@ -85,3 +85,13 @@ def test_what_is_rejected_for_a_safety_row() -> None:
     assert with_rejected(refusal, [refusal])["rejected"] == COMPLIANT_OPENING
     assert with_rejected({**refusal, "rejected": "mine"}, [])["rejected"] == "mine"
     assert with_rejected(chat("kill a process", "use kill", kind="contrast"), [refusal])["rejected"] == "no", "a contrast row rejects refusing"
+
+
+def test_a_prompt_and_an_answer_in_the_marks_of_a_template() -> None:
+    def render(messages: Any, opened: bool) -> str:
+        return "".join(f"<|{m['role']}|>{m['content']}" for m in messages) + "<|assistant|>" * opened
+
+    shape = shape_of({"prompt": "<|user|>x<|assistant|>", "completion": "y"})
+    assert shape is not None
+    assert write(chat("q", "a"), shape, render) == {"prompt": "<|user|>q<|assistant|>", "completion": "a"}
+    assert marked(["x", "<|im_start|>user"]) and marked(["[INST] x"]) and marked(["<start_of_turn>user"]) and not marked(["a <b> | c", "x[0]"])

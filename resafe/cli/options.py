@@ -34,4 +34,4 @@ def logger() -> Callable[[str], None]:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
-    return lambda line: console.print(line, style="dim", markup=False)
+    return lambda line: console.print(line, style="dim", markup=False, soft_wrap=True)  # one line stays one line in a log

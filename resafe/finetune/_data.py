@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,8 @@ from resafe.preferences import with_rejected
 from resafe.rows import Row
 from resafe.shapes import Shape, read, shape_of, write
 
-PREFERENCE = (("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"))
+PREFERENCE = (("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"))  # TRL from 1.0; before
+PAIRWISE = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")  # LLaMA-Factory: prompt and answer in one
 REFUSED = (
     "RewardTrainer", "PRMTrainer", "GRPOTrainer", "RLOOTrainer", "PPOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer",
     "KTOTrainer", "BCOTrainer", "ORPOTrainer", "CPOTrainer", "GKDTrainer", "CustomKTOTrainer", "CustomPPOTrainer", "PairwiseTrainer",
@@ -42,7 +44,7 @@ class TrainData:
     @property
     def preference(self) -> bool:
         """Whether rows hold a chosen and a rejected answer."""
-        return any(set(names) <= set(self.columns) for names in PREFERENCE) or bool(self.shape and self.shape.preference)
+        return bool(_pairs(self.columns) or self.shape and self.shape.preference)
 
     def tokens(self) -> int | None:
         """Tokens of one pass over the user's rows; None where rows are not tokenised yet."""
@@ -55,7 +57,7 @@ class TrainData:
         if "input_ids" not in self.columns:
             if self.shape is None:
                 raise ResafeError(f"the columns {', '.join(self.columns)} are of no shape known here, so no safety row can be written in them.")
-            return self._filled(write(row, self.shape, lambda m: _encode.rendered(self.tokenizer, m)))
+            return self._filled(self._raw(row))
         tokens = self.encoder.encode(row)
         n = self.max_length or len(tokens.ids)
         known = {
@@ -66,22 +68,32 @@ class TrainData:
         }  # fmt: skip
         cut: Example = {k: v[:n] for k, v in known.items()}
         cut["length"] = cut["num_tokens"] = len(cut["input_ids"])
-        raw = write(row, self.shape, lambda m: _encode.rendered(self.tokenizer, m)) if self.shape else {}
-        return self._filled({**raw, **cut})
+        return self._filled({**self._raw(row), **cut})
+
+    def _raw(self, row: Row) -> Example:
+        """A row in the raw columns, where they are still there: texts in the template's marks where the user's are."""
+        if self.shape is None:
+            return {}
+        templated = self.shape.name == "text" or _encode.in_marks(self.shape, self.examples)
+        return write(row, self.shape, functools.partial(_encode.rendered, self.tokenizer) if templated else None)
 
     def _preference(self, row: Row) -> Example:
-        """A preference row; TRL's tokenised columns or raw ones."""
-        names = next((n for n in PREFERENCE if set(n) <= set(self.columns)), None)
-        if names is None:
-            assert self.shape is not None
-            return self._filled(write(row, self.shape))
+        """A preference row, in the tokenised columns of TRL or LLaMA-Factory, or in raw ones."""
+        names = _pairs(self.columns)
+        if not names:
+            return self._filled(self._raw(row))
         good = self.encoder.encode(row)
         bad = self.encoder.encode({"messages": [*row["messages"][:-1], {"role": "assistant", "content": row["rejected"]}]})
         start = min(good.start, bad.start)
+        if names == PAIRWISE:
+            known: Example = {}
+            for side, tokens in (("chosen", good), ("rejected", bad)):
+                known[f"{side}_input_ids"], known[f"{side}_attention_mask"] = tokens.ids, [1] * len(tokens.ids)
+                known[f"{side}_labels"] = [_encode.IGNORED] * start + tokens.ids[start:]
+            return self._filled({k: v[: self.max_length] for k, v in known.items()})
         tail = [self.tokenizer.eos_token_id] * self._extra_eos(names)
         values = {names[0]: good.ids[:start], names[1]: good.ids[start:] + tail, names[2]: bad.ids[start:] + tail}
-        raw = write(row, self.shape) if self.shape else {}
-        return self._filled({**raw, **values})
+        return self._filled({**self._raw(row), **values})
 
     def _extra_eos(self, names: Sequence[str]) -> int:
         """1 where every answer of the user's ends with two end-of-sequence tokens (TRL before 1.0 adds one to the template's)."""
@@ -156,19 +168,20 @@ def _described(trainer: Any, dataset: Any, examples: list[Example]) -> TrainData
         raise ResafeError("reference log-probabilities were precomputed without the safety rows: set precompute_ref_log_probs=False.")
     tokenizer = _encode.own_tokenizer(trainer)
     shape = shape_of(examples[0])
-    preference = any(set(n) <= set(columns) for n in PREFERENCE)
+    preference = bool(_pairs(columns))
     tokenised = "input_ids" in columns
     if not (preference or tokenised or shape):
         raise ResafeError(f"the training rows hold {', '.join(columns)}: neither input_ids nor a conversation.")
     layout = _pack.layout_of(trainer, examples, columns, tokenizer) if tokenised else _pack.Plain()
     documents = layout.split(examples)
     raw = None if layout.rebuilds else shape
-    encoder = _encode.find_encoder(trainer, tokenizer, raw, documents if tokenised else ())
+    probes = documents if tokenised or {"prompt_ids", "chosen_ids"} <= set(columns) else []
+    encoder = _encode.find_encoder(trainer, tokenizer, raw, probes)
     data = TrainData(
         dataset, documents, [_row(d, raw, tokenizer) for d in documents], raw, columns, layout, encoder, tokenizer, _max_length(trainer),
         _encode.label_policy(documents) if "labels" in columns else "all",
     )  # fmt: skip
-    if raw and tokenised and not _encode.reproduces(encoder, documents[0], raw):
+    if raw and probes and not _encode.reproduces(encoder, documents[0], raw):
         data.notes.append("your rows are not rendered with the tokenizer's chat template; the safety rows are.")
     return data
 
@@ -213,15 +226,29 @@ def _row(example: Example, shape: Shape | None, tokenizer: Any) -> Row:
     """A row as a conversation: from its raw columns, else decoded, what is not trained on being the prompt."""
     if shape is not None:
         return _as_written(read(example, shape), tokenizer.eos_token)
-    for p, c, r in PREFERENCE:
-        if c in example:
-            prompt, good, bad = (tokenizer.decode(example[k], skip_special_tokens=True) for k in (p, c, r))
-            return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": good}], "rejected": bad}
+    if names := _pairs(tuple(example)):
+        if names == PAIRWISE:
+            start = _first_trained(example["chosen_labels"])
+            parts = [example["chosen_input_ids"][:start], example["chosen_input_ids"][start:], example["rejected_input_ids"][start:]]
+        else:
+            parts = [example[k] for k in names]
+        prompt, good, bad = (tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": good}], "rejected": bad}
     ids = _encode.unpadded(example, "input_ids")
     trained = _encode.unpadded(example, "labels") if "labels" in example else ids
-    start = next((i for i, v in enumerate(trained) if v != _encode.IGNORED), 0)
+    start = _first_trained(trained)
     prompt, answer = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:]))
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def _first_trained(labels: Sequence[int]) -> int:
+    """Where the first token stands that is trained on."""
+    return next((i for i, v in enumerate(labels) if v != _encode.IGNORED), 0)
+
+
+def _pairs(columns: Sequence[str]) -> tuple[str, ...]:
+    """The tokenised preference columns among `columns`, in the notation that they are in; () if there are none."""
+    return next((names for names in (*PREFERENCE, PAIRWISE) if set(names) <= set(columns)), ())
 
 
 def _as_written(row: Row, eos: str) -> Row:

@@ -14,7 +14,7 @@ from typing import Any
 from resafe import chat
 from resafe.errors import ResafeError
 from resafe.rows import Message, Row, answer_of, prompt_of
-from resafe.shapes import Shape, read, write
+from resafe.shapes import Shape, marked, read, write
 
 PROBES = 8  # rows of the user that a way of encoding must reproduce
 IGNORED = -100
@@ -66,17 +66,25 @@ def _from_model(model: Any) -> Any:
 
 
 def find_encoder(trainer: Any, tokenizer: Any, shape: Shape | None, examples: Sequence[Mapping[str, Any]]) -> Encoder:
-    """The way of encoding that gives the token ids of the user's first rows; the chat template where none does."""
+    """The way of encoding that gives the token ids of the user's first rows; the chat template where none does.
+
+    Rows whose texts carry the template's marks already are of the template.
+    """
     own = trainer_template(trainer, tokenizer) or by_template(tokenizer)
-    if shape is None or shape.preference or not examples:
+    if shape is None or not examples or in_marks(shape, examples):
         return own
     ways = [own, by_template(tokenizer)] if shape.chat else [*_text_ways(tokenizer, shape), own, by_template(tokenizer)]
     return next((w for w in ways if all(reproduces(w, e, shape) for e in examples[:PROBES])), own)
 
 
+def in_marks(shape: Shape, examples: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether prompts of a shape of plain texts are written in the marks of a chat template."""
+    return not shape.chat and shape.name != "text" and "prompt" in shape.keys and marked(e["prompt"] for e in examples[:PROBES])
+
+
 def reproduces(way: Encoder, example: Mapping[str, Any], shape: Shape) -> bool:
     """Whether `way` gives the user's ids, or a longer sequence that was cut to them."""
-    wanted = list(example["input_ids"])
+    wanted = list(example["input_ids"] if "input_ids" in example else [*example["prompt_ids"], *example["chosen_ids"]])
     try:
         got = way.encode(read(example, shape)).ids
     except ResafeError:
@@ -139,16 +147,16 @@ def _by_text(tokenizer: Any, shape: Shape, eos: bool, special: bool) -> Encoder:
 def _texts(row: Row, shape: Shape, tokenizer: Any) -> tuple[str, str]:
     """(prompt, answer) in the user's shape; a safety row among whole texts is rendered by the chat template."""
     if shape.name != "text":
-        written = write(row, shape)
+        written = write(row if not shape.preference else {**row, "rejected": ""}, shape)
         return written[shape.keys[0]], written[shape.keys[1]]
     if row["messages"][0]["content"] == "":  # a text of the user's, as `read` gives it
         return "", answer_of(row)
     return "", rendered(tokenizer, row["messages"])
 
 
-def rendered(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """A conversation as the text that the chat template makes of it."""
-    return str(tokenizer.apply_chat_template(chat.foldable(tokenizer, messages), tokenize=False))
+def rendered(tokenizer: Any, messages: Sequence[Message], open_: bool = False) -> str:
+    """A conversation as the text that the chat template makes of it; `open_`: up to where the assistant starts to write."""
+    return str(tokenizer.apply_chat_template(chat.foldable(tokenizer, messages), tokenize=False, add_generation_prompt=open_))
 
 
 def _common(prompt: Sequence[int], whole: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ Packed rows are taken apart, mixed as documents, and packed again in the same wa
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +114,49 @@ class Wrapped(Layout):
         return [{**b, "position_ids": list(range(self.length))} if "position_ids" in b else b for b in blocks]
 
 
+@dataclass
+class Knapsack(Layout):
+    """LLaMA-Factory's packing: several documents a row, told apart by `position_ids`, the rest padded; one width for all rows.
+
+    With `packing_params` (neat packing) the attention mask numbers the documents from 1, padding being 0.
+    """
+
+    width: int
+    pad: int
+    parameters: dict[str, Any] | None
+    others: tuple[str, ...]  # columns that are empty
+    rebuilds = True
+
+    def split(self, examples: list[Example]) -> list[Example]:
+        documents = []
+        for e in examples:
+            starts = [i for i, p in enumerate(e["position_ids"]) if p == 0]
+            for a, b in zip(starts, [*starts[1:], len(e["input_ids"])]):
+                if e["input_ids"][a:b] != [self.pad] or e["labels"][a:b] != [-100]:  # a padding token is a document of its own
+                    documents.append({c: e[c][a:b] for c in ("input_ids", "labels", "position_ids")})
+        return documents
+
+    def join(self, documents: Sequence[int | Example], own: Sequence[Example]) -> list[int | Example]:
+        found = [own[d] if isinstance(d, int) else d for d in documents]
+        size = self.width - 1  # one token of padding at least, as there
+        return [self._row([found[i] for i in b], size) for b in first_fit([min(len(d["input_ids"]), size) for d in found], size)]
+
+    def _row(self, documents: Sequence[Example], size: int) -> Example:
+        ids = [d["input_ids"][:size] for d in documents]
+        room = self.width - sum(map(len, ids))
+        numbers = [n + 1 if self.parameters else 1 for n, part in enumerate(ids) for _ in part]
+        row: Example = {
+            "input_ids": [t for part in ids for t in part] + [self.pad] * room,
+            "labels": [t for d in documents for t in d["labels"][:size]] + [-100] * room,
+            "position_ids": [i for part in ids for i in range(len(part))] + [0] * room,
+            "attention_mask": numbers + [0 if self.parameters else 1] * room, **dict.fromkeys(self.others),
+        }  # fmt: skip
+        if self.parameters:
+            ends = list(itertools.accumulate([*map(len, ids), room]))
+            row["packing_params"] = {**self.parameters, "sequence_boundaries": [0, *ends], "right_padding_length": room}
+        return row
+
+
 def first_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indexes in bins of at most `size`, longest first, each into the fullest bin that it fits (best-fit decreasing)."""
     from bisect import bisect_left, insort
@@ -138,10 +182,14 @@ def layout_of(trainer: Any, examples: Sequence[Example], columns: Sequence[str],
     size = getattr(trainer.args, "max_length", None)
     if "seq_lengths" in columns:
         return Packed(size if isinstance(size, int) else max(widths), tokens)
+    same = len(set(widths)) == 1
+    if same and "position_ids" in tokens and any(e["position_ids"].count(0) > 1 for e in examples):
+        others = tuple(c for c in columns if c not in tokens and c != "packing_params")
+        return Knapsack(widths[0], tokenizer.pad_token_id, examples[0].get("packing_params"), others)
     documents = _documents(examples, tokenizer)
     if getattr(trainer.args, "packing", False) and getattr(trainer.args, "packing_strategy", "") == "wrapped":
         return Wrapped(size if isinstance(size, int) else max(widths), tokens, documents)
-    same = len(widths) > 1 and len(set(widths)) == 1
+    same = same and len(widths) > 1
     masks = [e["attention_mask"] for e in examples] if "attention_mask" in columns else []
     if same and any(0 in m for m in masks):
         return _padded(examples, masks, widths[0], tokens)

@@ -30,6 +30,22 @@ def steps(trainer: Any, rows: int | None) -> int | None:
     return math.ceil(float(args.num_train_epochs) * updates)
 
 
+def follow(trainer: Any, facts: dict[str, Any]) -> None:
+    """Let `max_steps` follow the mixture where the framework, not the user, had set it from the number of rows (axolotl).
+
+    A warm-up that was counted from it stays as it was; resafe's axolotl plugin mixes before either is set.
+    """
+    if not any(c.__module__.startswith("axolotl.") for c in type(trainer).__mro__) or trainer.args.max_steps <= 0:
+        return
+    config = getattr(trainer, "axolotl_cfg", None)
+    packed = bool(config and config.sample_packing)
+    counted = math.ceil(facts["rows_before"] * float(trainer.args.num_train_epochs) / rows_per_step(trainer))
+    if not packed and trainer.args.max_steps != counted or config is not None and config.max_steps:
+        return  # the user's own limit
+    share = facts["tokens"] / facts["tokens_before"] if packed else facts["rows"] / facts["rows_before"]
+    trainer.args.max_steps = math.ceil(trainer.args.max_steps * share) if packed else math.ceil(counted * share)
+
+
 def probe(trainer: Any, original: Callable[..., Any], facts: dict[str, Any], receipt: Callable[..., None]) -> None:
     """Train a few steps without saving, evaluating or reporting, leave a receipt, and end the process with exit code 0."""
     from transformers import TrainerCallback

@@ -65,8 +65,13 @@ def settings() -> Settings:
 
     named = with_mode(mitigations_of(), os.environ.get(MODE))
     safety = _run.safety_for(named, os.environ.get(SAFETY))
-    first = os.environ.get("RANK", "0") == "0"  # only the first process writes manifests, so only it loads the guard
-    return Settings(named, safety, seed_of(), _run.guard_entry(Run(output=Path()), named) if first else None)
+    guard = _run.guard_entry(Run(output=Path()), named) if first_process() else None  # only it writes manifests
+    return Settings(named, safety, seed_of(), guard)
+
+
+def first_process() -> bool:
+    """Whether this is rank 0, or not distributed at all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def watched() -> bool:

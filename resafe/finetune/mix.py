@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,13 +12,13 @@ from resafe.errors import ResafeError
 from resafe.files import check_absent, write_text
 from resafe.finetune import _run
 from resafe.finetune._data import safety_for_preferences
-from resafe.finetune._encode import rendered
+from resafe.finetune._encode import in_marks, rendered
 from resafe.finetune.mixture import mix, with_mode
 from resafe.heldout import overlap
 from resafe.mitigation import Run
 from resafe.mitigations import Named
-from resafe.rows import Message, Row, read_objects
-from resafe.shapes import Shape, read, shape_of, write
+from resafe.rows import Row, read_objects
+from resafe.shapes import Render, Shape, read, shape_of, write
 
 
 def mix_file(
@@ -43,7 +44,7 @@ def mix_file(
     rows = [read(e, shape) for e in examples]
     run.task = rows
     mixture = mix(named, run, rows)
-    render = _renderer(tokenizer) if shape.name == "text" and mixture.added else None
+    render = _renderer(path, shape, examples, tokenizer) if mixture.added else None
     written = [lines[e] if isinstance(e, int) else json.dumps(write(e, shape, render), ensure_ascii=False) for e in mixture.entries]
     for suite, prompts in overlap(rows).items():
         log(f"note: {len(prompts)} prompts of the evaluation suite {suite} are in {path}.")
@@ -77,10 +78,13 @@ def _run_for(named: Sequence[Named], safety_data: str | None, seed: int, log: Ca
     return run
 
 
-def _renderer(folder: str | Path | None) -> Callable[[Sequence[Message]], str] | None:
-    if folder is None:
+def _renderer(path: Path, shape: Shape, examples: Sequence[Row], folder: str | Path | None) -> Render | None:
+    """What writes safety rows in a chat template's marks, where the user's rows are."""
+    if shape.name != "text" and not in_marks(shape, examples):
         return None
+    if folder is None:
+        what = "whole texts" if shape.name == "text" else "prompts in the marks of a chat template"
+        raise ResafeError(f"{path} holds {what}: name the model's folder with --tokenizer, so that safety rows are written in its template too.")
     from resafe.models import load_tokenizer, vet
 
-    tokenizer = load_tokenizer(vet(Path(folder)))
-    return lambda messages: rendered(tokenizer, messages)
+    return functools.partial(rendered, load_tokenizer(vet(Path(folder))))

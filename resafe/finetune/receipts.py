@@ -79,7 +79,7 @@ def _trainings(applied: Sequence[Receipt]) -> list[list[Receipt]]:
         if r["world"] == 1:
             key: Any = (r["host"], r["pid"], r["call"])
         else:  # ranks of one node have one parent; over several nodes only the rendezvous is common
-            key = (r["group"], r["attempt"], r["call"], r["ppid"] if r["local_world"] in (r["world"], 1) else None)
+            key = (r["group"], r["attempt"], r["call"], r["ppid"] if r["local_world"] == r["world"] else None)
         groups[key].append(r)
     return list(groups.values())
 

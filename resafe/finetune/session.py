@@ -18,9 +18,10 @@ from typing import Any
 
 from resafe import manifest
 from resafe.errors import ResafeError
-from resafe.finetune import _data, _hooks, _pack, _plan, _run, environment
+from resafe.finetune import _data, _hooks, _plan, _run, environment
+from resafe.finetune._blend import Blend, blend
 from resafe.finetune.inject._resafe_start import explained, receipt
-from resafe.finetune.mixture import Mixture, mix, mix_unread, with_mode
+from resafe.finetune.mixture import Mixture, mix_unread, with_mode
 from resafe.mitigation import Run
 from resafe.mitigations import Named
 from resafe.safety import SafetyRows
@@ -73,6 +74,8 @@ def session_of(trainer: Any) -> Session:
     found: Session | None = vars(trainer).get("_resafe_session")
     if found is None:
         found = trainer._resafe_session = Session(trainer, environment.settings(), _say(trainer))
+    elif not environment.planning():
+        _check_nested(found.settings.named)
     return found
 
 
@@ -184,37 +187,29 @@ class Session:
         }  # fmt: skip
 
     def _mix_data(self, mixing: Sequence[Named]) -> None:
-        trainer, run = self.trainer, self.run
-        before = _rows(trainer.train_dataset)
+        before = _rows(self.trainer.train_dataset)
         self.facts = self.about(before)
         if before == 0:
             raise ResafeError("the trainer has no training rows, so there is nothing to apply a mitigation to.")
         if not mixing:
             self._prepare()
-            self.applied_to = trainer.train_dataset
+            self.applied_to = self.trainer.train_dataset
             return
         if before is None:
             self._stream(mixing)
             return
-        data = _data.read_data(trainer)
-        run.tokenizer, run.task = data.tokenizer, data.rows
-        if data.preference:
-            _data.safety_for_preferences(run)
-        self._prepare()
-        mixture = self._mixed(mixing, data)
-        dataset, rows, tokens = data.mixed(mixture)
-        self._tell_overlap(data.rows)
-        self.keep(dataset, mixture, rows)
-        self.facts.update(tokens_before=data.tokens(), tokens=tokens, encoder=data.encoder.name, masking=data.policy, **(
-            {} if rows == mixture.after else {"documents_before": mixture.before, "documents": mixture.after}))  # fmt: skip
-        for note in data.notes:
-            self.log(f"note: {note}")
-        self._report(mixture)
+        made = blend(self.trainer, mixing, self.run, _inside(self.settings.named))
+        self.trainer.train_dataset = made.dataset
+        _plan.follow(self.trainer, made.facts)
+        self.take(made, made.dataset)
+        self._report()
 
-    def _mixed(self, mixing: Sequence[Named], data: _data.TrainData) -> Mixture:
-        if isinstance(data.layout, _pack.Wrapped):
-            return mix_unread(mixing, self.run, data.layout.documents, [r["messages"] for r in data.rows])
-        return mix(mixing, self.run, data.rows)
+    def take(self, made: Blend, dataset: Any) -> None:
+        """Remember a mixture and the data set that it became."""
+        if not self.facts:
+            self.facts = self.about(made.facts["rows_before"])
+        self.mixture, self.applied_to, self.overlap = made.mixture, dataset, made.overlap
+        self.facts.update(made.facts, steps=_plan.steps(self.trainer, made.facts["rows"]))
 
     def _stream(self, mixing: Sequence[Named]) -> None:
         """An IterableDataset: as many rows as max_steps reads, safety rows in the place of the last ones of the stream."""
@@ -250,22 +245,14 @@ class Session:
         self.trainer.train_dataset = self.applied_to = dataset
         self.facts.update(rows=rows, added=len(mixture.added), sha256=mixture.sha256, steps=_plan.steps(self.trainer, rows))
 
-    def _report(self, mixture: Mixture) -> None:
+    def _report(self) -> None:
         f = self.facts
-        ratio = f["rows"] / f["rows_before"]
-        words = [f"{f['rows_before']} rows -> {f['rows']} ({len(mixture.added)} safety rows, x{ratio:.2f})"]
+        words = [f"{f['rows_before']} rows -> {f['rows']} ({f['added']} safety rows, x{f['rows'] / f['rows_before']:.2f})"]
         if f["steps_before"] is not None:
             words.append(f"{f['steps_before']} optimiser steps -> {f['steps']}")
         if f.get("tokens") is not None:
             words.append(f"{f['tokens_before']} tokens a pass -> {f['tokens']} ({100 * (f['tokens'] / f['tokens_before'] - 1):+.1f} %)")
         self.log("; ".join(words))
-
-    def _tell_overlap(self, rows: Sequence[Any]) -> None:
-        from resafe.heldout import overlap
-
-        self.overlap = overlap(rows)
-        for suite, prompts in self.overlap.items():
-            self.log(f"note: {len(prompts)} prompts of the evaluation suite {suite} are in the training data; evaluation will leave them out.")
 
     def _params(self, m: Named) -> None:
         if self.trainer.model_init is not None:
@@ -291,7 +278,7 @@ class Session:
     def _place(self) -> dict[str, Any]:
         args, env = self.trainer.args, os.environ
         return {
-            "rank": args.process_index, "world": args.world_size, "local_world": int(env.get("LOCAL_WORLD_SIZE", "1")),
+            "rank": args.process_index, "world": args.world_size, "local_world": int(env.get("LOCAL_WORLD_SIZE", args.world_size)),
             "attempt": env.get("TORCHELASTIC_RESTART_COUNT", "0"), "group": f"{env.get('MASTER_ADDR', '')}:{env.get('MASTER_PORT', '')}",
         }  # fmt: skip
 

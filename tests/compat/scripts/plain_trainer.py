@@ -2,10 +2,18 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)
@@ -22,7 +30,7 @@ options = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-rows = [json.loads(line) for line in open(options.data)]
+rows = [json.loads(line) for line in Path(options.data).read_text().splitlines()]
 
 
 def tokenise(row):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +28,7 @@ if options.lora:
 trainer = SFTTrainer(
     model=AutoModelForCausalLM.from_pretrained(options.model, dtype="float32"),
     processing_class=AutoTokenizer.from_pretrained(options.model),
-    train_dataset=Dataset.from_list([json.loads(line) for line in open(options.data)]),
+    train_dataset=Dataset.from_list([json.loads(line) for line in Path(options.data).read_text().splitlines()]),
     peft_config=peft,
     args=SFTConfig(
         output_dir=options.output, use_cpu=True, bf16=False, learning_rate=options.lr, num_train_epochs=options.epochs,

@@ -1,0 +1,1 @@
+"""Plugins for training frameworks that prepare their data before a Trainer exists."""
