@@ -10,7 +10,6 @@ import functools
 import itertools
 import os
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from resafe import manifest
 from resafe.errors import ResafeError
 from resafe.finetune import _data, _hooks, _plan, _run, environment
 from resafe.finetune._blend import Blend, blend
+from resafe.finetune._saves import Record, watch_saves
 from resafe.finetune.inject._resafe_start import explained, receipt
 from resafe.finetune.mixture import Mixture, mix_unread, with_mode
 from resafe.mitigation import Run
@@ -123,6 +123,7 @@ class Session:
         self.overlap: dict[str, list[str]] = {}
         self.applied_to: Any = None  # the data set that was put into the trainer
         self.changed = False  # params, loss and step act once on a trainer
+        self.record = Record(writes=trainer.args.process_index == 0)
         safety = settings.safety
         self.run = run or Run(
             output=Path(trainer.args.output_dir), seed=settings.seed, aligned=_aligned(trainer), log=log,
@@ -161,6 +162,7 @@ class Session:
         if self.applied_to is None or trainer.train_dataset is not self.applied_to:
             self._mix_data([m for m in named if "data" in m.mitigation.hooks()])
         self.change()
+        self.record.entry = self.entry()
 
     def change(self) -> None:
         """Put `params`, `loss` and `step` on the trainer, and watch what is saved; once."""
@@ -168,7 +170,7 @@ class Session:
             return
         self.changed = True
         trainer, inside = self.trainer, _inside(self.settings.named)
-        _watch_saves(trainer, self)
+        watch_saves(trainer, self.record)
         for m in inside:
             if "params" in m.mitigation.hooks():
                 self._params(m)
@@ -291,14 +293,6 @@ class Session:
             "overlap": self.overlap, "pending": [m.name for m in _run.repairs(s.named)],
         }  # fmt: skip
 
-    def saved(self, folder: str | Path) -> None:
-        """After something was saved: rank 0 leaves the manifest beside it and a receipt."""
-        home = Path(folder).absolute()
-        if not self.facts or self.trainer.args.process_index != 0 or not home.is_dir():
-            return
-        manifest.write(home, self.entry())
-        receipt("saved", folder=str(home))
-
     def _check_resume(self, asked: Any) -> None:
         """Refuse to go on from a checkpoint that another mixture trained."""
         if not asked:
@@ -336,44 +330,3 @@ def _aligned(trainer: Any) -> Path | None:
     config = getattr(trainer.model, "config", None)
     name = str(getattr(config, "_name_or_path", "") or "")
     return Path(name).absolute() if name and Path(name).is_dir() else None
-
-
-_trained: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
-
-
-def _watch_saves(trainer: Any, session: Session) -> None:
-    """Have every `save_pretrained` of the trained model, and every checkpoint, leave a manifest. Patches two classes once."""
-    from transformers import PreTrainedModel, TrainerCallback
-
-    for model in (trainer.model, _inner(trainer.model)):
-        _trained[model] = session
-    kinds = [PreTrainedModel, *([sys.modules["peft"].PeftModel] if "peft" in sys.modules else [])]
-    for kind in kinds:
-        if not hasattr(kind.save_pretrained, "__resafe__"):
-            kind.save_pretrained = _wrapped_save(kind.save_pretrained)
-
-    class Saved(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            session.saved(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    trainer.add_callback(Saved())
-
-
-def _inner(model: Any) -> Any:
-    """The model inside a PEFT wrapper: what `merge_and_unload` returns."""
-    getter = getattr(model, "get_base_model", None)
-    return getter() if callable(getter) else model
-
-
-def _wrapped_save(original: Any) -> Any:
-    @functools.wraps(original)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, save_directory, *args, **kwargs)
-        if session := _trained.get(self):
-            session.saved(save_directory)
-        return result
-
-    save_pretrained.__resafe__ = True  # type: ignore[attr-defined]
-    return save_pretrained
-
-

@@ -165,7 +165,7 @@ LORA = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear":
 
 @pytest.mark.parametrize(
     ("changes", "before", "after"),
-    [({}, 10, 100), (LORA, 10, 100), ({"rl": "dpo", "learning_rate": 1e-3, "num_epochs": 6}, 10, 100), ({"sample_packing": True, "micro_batch_size": 1, "num_epochs": 15}, 10, 100)],
+    [({}, 10, 100), (LORA, 10, 100), ({"rl": "dpo", "learning_rate": 1e-3, "num_epochs": 15}, 10, 100), ({"sample_packing": True, "micro_batch_size": 1, "num_epochs": 15}, 10, 100)],
     ids=["full", "lora", "dpo", "packing"],
 )
 def test_axolotl_behind_resafe_run(

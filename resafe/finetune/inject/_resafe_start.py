@@ -76,7 +76,7 @@ def _wrapped_save(original: Any) -> Any:
     def save_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if "_resafe_session" in vars(self):
-            self._resafe_session.saved(kwargs.get("output_dir") or (args[0] if args else None) or self.args.output_dir)
+            self._resafe_session.record.saved(kwargs.get("output_dir") or (args[0] if args else None) or self.args.output_dir)
         return result
 
     return save_model
