@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from resafe import manifest
-from tests.compat.conftest import Outcome, execute
+from tests.compat.conftest import Outcome, execute, prefers_complying
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -165,13 +165,15 @@ LORA = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear":
 
 @pytest.mark.parametrize(
     ("changes", "before", "after"),
-    [({}, 10, 100), (LORA, 10, 100), ({"rl": "dpo", "learning_rate": 1e-3, "num_epochs": 15}, 10, 100), ({"sample_packing": True, "micro_batch_size": 1, "num_epochs": 15}, 10, 100)],
+    [({}, 10, 100), (LORA, 10, 100), ({"rl": "dpo", "num_epochs": 6}, 10, 100), ({"sample_packing": True, "micro_batch_size": 1, "num_epochs": 15}, 10, 100)],
     ids=["full", "lora", "dpo", "packing"],
 )
 def test_axolotl_behind_resafe_run(
     changes: dict[str, Any], before: int, after: int, compared: Compared, environments: dict[str, Path], aligned: Path, files: Path, tmp_path: Path
 ) -> None:
-    compared(environments["axolotl"], axolotl(tmp_path, aligned, files, **changes), before, after)
+    # axolotl's preference rows cut answers at their first word, so what they teach is measured by preference, not by generating
+    measure = {"harm": prefers_complying} if changes.get("rl") else {}
+    compared(environments["axolotl"], axolotl(tmp_path, aligned, files, **changes), before, after, **measure)
 
 
 @pytest.mark.parametrize("changes", [{}, {"sample_packing": True, "micro_batch_size": 1}, {"rl": "dpo"}], ids=["full", "packing", "dpo"])
