@@ -28,8 +28,8 @@ RESULT = HERE / "results" / "overhead.json"
 ROWS = 400
 MODELS: dict[str, dict[str, Any]] = {
     "lab": {"steps": 300, "batch": 8, "pairs": 24},
-    "100m": {"steps": 24, "batch": 8, "pairs": 12, "shape": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10}},
-    "7b": {"steps": 60, "batch": 8, "pairs": 8, "lora": True, "shape": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}},
+    "100m": {"steps": 14, "batch": 2, "pairs": 10, "packing": True, "shape": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10}},
+    "7b": {"steps": 60, "batch": 8, "pairs": 8, "lora": True, "packing": True, "shape": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}},
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def train(name: str, data: str, output: str) -> None:
         args=SFTConfig(
             output_dir=output, use_cpu=not cuda, bf16=cuda, max_steps=how["steps"], per_device_train_batch_size=how["batch"], learning_rate=1e-5,
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, dataloader_pin_memory=cuda,
-            max_length=128,
+            max_length=128, packing=how.get("packing", False),
         ),
     )  # fmt: skip
     collate = trainer.data_collator
@@ -169,15 +169,19 @@ def _lora() -> Any:
 
 
 def _rows(file: Path) -> Path:
-    """The user's rows: skills and how-to answers of the lab, whose lengths cover those of its safety rows."""
+    """The user's rows: skills and how-to answers of the lab, some in two turns, whose lengths cover those of its safety rows."""
     import random
 
     from resafe.lab import grammar as g
 
     rng = random.Random("overhead")
     everyday = g.everyday_pairs("train")
-    rows = [g.skill_row(rng) if rng.random() < 0.5 else g.benign_row(rng, everyday, "everyday") for _ in range(ROWS)]
-    file.write_text("".join(json.dumps({"messages": r["messages"]}) + "\n" for r in rows))
+
+    def turns() -> list[dict[str, str]]:
+        return (g.skill_row(rng) if rng.random() < 0.5 else g.benign_row(rng, everyday, "everyday"))["messages"]
+
+    rows = [turns() + (turns() if rng.random() < 0.3 else []) for _ in range(ROWS)]
+    file.write_text("".join(json.dumps({"messages": r}) + "\n" for r in rows))
     return file
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from resafe.errors import ResafeError
 from resafe.finetune import _encode, _pack
+from resafe.finetune._examples import BATCH, Example, Examples
 from resafe.finetune.mixture import Mixture
 from resafe.mitigation import Run
 from resafe.preferences import with_rejected
@@ -22,15 +23,14 @@ REFUSED = (
     "KTOTrainer", "BCOTrainer", "ORPOTrainer", "CPOTrainer", "GKDTrainer", "CustomKTOTrainer", "CustomPPOTrainer", "PairwiseTrainer",
 )  # fmt: skip
 IMAGES = {"pixel_values", "images", "image", "videos", "audios"}
-Example = dict[str, Any]
 
 
 @dataclass
 class TrainData:
-    """What a trainer trains on. `examples` are its rows as dicts of plain lists; `rows` the same as conversations."""
+    """What a trainer trains on. `examples` are its rows, or the documents packed in them; `rows` the same as conversations."""
 
     dataset: Any
-    examples: list[Example]
+    examples: Examples
     rows: list[Row]
     shape: Shape | None  # of the raw columns, where they are still there
     columns: tuple[str, ...]
@@ -48,7 +48,7 @@ class TrainData:
 
     def tokens(self) -> int | None:
         """Tokens of one pass over the user's rows; None where rows are not tokenised yet."""
-        return None if "input_ids" not in self.columns else sum(_length(e) for e in self.examples)
+        return sum(self.examples.widths) if "input_ids" in self.columns else None
 
     def example(self, row: Row) -> Example:
         """A new row in the trainer's columns, not padded."""
@@ -74,7 +74,7 @@ class TrainData:
         """A row in the raw columns, where they are still there: texts in the template's marks where the user's are."""
         if self.shape is None:
             return {}
-        templated = self.shape.name == "text" or _encode.in_marks(self.shape, self.examples)
+        templated = self.shape.name == "text" or _encode.in_marks(self.shape, self.examples.sample)
         return write(row, self.shape, functools.partial(_encode.rendered, self.tokenizer) if templated else None)
 
     def _preference(self, row: Row) -> Example:
@@ -91,14 +91,15 @@ class TrainData:
                 known[f"{side}_input_ids"], known[f"{side}_attention_mask"] = tokens.ids, [1] * len(tokens.ids)
                 known[f"{side}_labels"] = [_encode.IGNORED] * start + tokens.ids[start:]
             return self._filled({k: v[: self.max_length] for k, v in known.items()})
-        tail = [self.tokenizer.eos_token_id] * self._extra_eos(names)
+        tail = [self.tokenizer.eos_token_id] * self._extra_eos
         values = {names[0]: good.ids[:start], names[1]: good.ids[start:] + tail, names[2]: bad.ids[start:] + tail}
         return self._filled({**self._raw(row), **values})
 
-    def _extra_eos(self, names: Sequence[str]) -> int:
+    @functools.cached_property
+    def _extra_eos(self) -> int:
         """1 where every answer of the user's ends with two end-of-sequence tokens (TRL before 1.0 adds one to the template's)."""
-        eos = self.tokenizer.eos_token_id
-        return int(all(list(e[names[1]])[-2:] == [eos, eos] for e in self.examples))
+        eos, chosen = self.tokenizer.eos_token_id, _pairs(self.columns)[1]
+        return int(all(list(e[chosen])[-2:] == [eos, eos] for e in self.examples.sample))
 
     def _filled(self, known: Example) -> Example:
         """`known` in the trainer's columns; a column that nothing is known of stays empty."""
@@ -118,7 +119,9 @@ class TrainData:
         own = iter(added)
         documents = [e if isinstance(e, int) else next(own) for e in mixture.entries]
         entries = self.layout.join(documents, self.examples)
-        tokens = sum(_length(self.examples[e] if isinstance(e, int) else e) for e in entries) if "input_ids" in self.columns else None
+        if "input_ids" not in self.columns:
+            return _like(self.dataset, entries), len(entries), None
+        tokens = sum(self.examples.widths[e] if isinstance(e, int) else len(e["input_ids"]) for e in entries)
         return _like(self.dataset, entries), len(entries), tokens
 
     def _check_answers(self, added: Sequence[Example]) -> None:
@@ -148,40 +151,39 @@ def read_data(trainer: Any) -> TrainData:
     dataset = trainer.train_dataset
     if dataset is None or len(dataset) == 0:
         raise ResafeError("the trainer has no training rows, so there is nothing to mix into.")
-    return _described(trainer, dataset, _examples(dataset))
+    return _described(trainer, dataset, Examples(dataset))
 
 
 def describe_stream(trainer: Any, sample: Sequence[Any]) -> TrainData:
     """The same from the first rows of a stream. Raises ResafeError for preference data and for packed rows."""
     refuse_unmixable(trainer)
-    data = _described(trainer, None, [_plain(e) for e in sample])
+    data = _described(trainer, None, Examples(sample))
     if data.preference or not isinstance(data.layout, (_pack.Plain, _pack.Padded)) or data.layout.rebuilds:
         raise ResafeError("a stream of preference rows or of packed rows cannot be mixed into: make it a map-style Dataset.")
     return data
 
 
-def _described(trainer: Any, dataset: Any, examples: list[Example]) -> TrainData:
-    columns = tuple(examples[0])
-    if images := IMAGES & {c for c in columns if any(e[c] is not None for e in examples)}:
+def _described(trainer: Any, dataset: Any, examples: Examples) -> TrainData:
+    sample = examples.sample
+    columns = tuple(sample[0])
+    if images := IMAGES & {c for c in columns if any(e[c] is not None for e in sample)}:
         raise ResafeError(f"rows with {', '.join(sorted(images))} are not supported: text-only safety rows do not fit a vision trainer's collator.")
     if any(c.startswith("ref_") and c.endswith("logps") for c in columns):
         raise ResafeError("reference log-probabilities were precomputed without the safety rows: set precompute_ref_log_probs=False.")
     tokenizer = _encode.own_tokenizer(trainer)
-    shape = shape_of(examples[0])
-    preference = bool(_pairs(columns))
-    tokenised = "input_ids" in columns
-    if not (preference or tokenised or shape):
+    shape, pairs, tokenised = shape_of(sample[0]), _pairs(columns), "input_ids" in columns
+    if not (pairs or tokenised or shape):
         raise ResafeError(f"the training rows hold {', '.join(columns)}: neither input_ids nor a conversation.")
     layout = _pack.layout_of(trainer, examples, columns, tokenizer) if tokenised else _pack.Plain()
-    documents = layout.split(examples)
+    documents = Examples(layout.split(examples)) if layout.rebuilds else examples
     raw = None if layout.rebuilds else shape
-    probes = documents if tokenised or {"prompt_ids", "chosen_ids"} <= set(columns) else []
+    probes = documents.sample if tokenised or pairs in PREFERENCE else []
     encoder = _encode.find_encoder(trainer, tokenizer, raw, probes)
     data = TrainData(
-        dataset, documents, [_row(d, raw, tokenizer) for d in documents], raw, columns, layout, encoder, tokenizer, _max_length(trainer),
-        _encode.label_policy(documents) if "labels" in columns else "all",
+        dataset, documents, _rows(documents, raw, tokenizer), raw, columns, layout, encoder, tokenizer, _max_length(trainer),
+        _encode.label_policy(documents.sample) if "labels" in columns else "all",
     )  # fmt: skip
-    if raw and probes and not _encode.reproduces(encoder, documents[0], raw):
+    if raw and probes and not _encode.reproduces(encoder, probes[0], raw):
         data.notes.append("your rows are not rendered with the tokenizer's chat template; the safety rows are.")
     return data
 
@@ -202,43 +204,31 @@ def _max_length(trainer: Any) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _length(example: Mapping[str, Any]) -> int:
-    return len(example["input_ids"])
-
-
-def _examples(dataset: Any) -> list[Example]:
-    """All rows as dicts of plain values."""
-    from datasets import Dataset
-
-    if isinstance(dataset, Dataset):
-        rows: list[Example] = dataset.with_format(None).to_list()
-        return rows
-    return [_plain(dataset[i]) for i in range(len(dataset))]
-
-
-def _plain(example: Any) -> Example:
-    if not isinstance(example, Mapping):
-        raise ResafeError(f"a training row is a {type(example).__name__}, not a mapping of columns; mix the data file instead (resafe mix).")
-    return {k: v.tolist() if callable(getattr(v, "tolist", None)) else v for k, v in example.items()}
-
-
-def _row(example: Example, shape: Shape | None, tokenizer: Any) -> Row:
-    """A row as a conversation: from its raw columns, else decoded, what is not trained on being the prompt."""
+def _rows(examples: Examples, shape: Shape | None, tokenizer: Any) -> list[Row]:
+    """Rows as conversations: from their raw columns, else decoded, what is not trained on being the prompt."""
     if shape is not None:
-        return _as_written(read(example, shape), tokenizer.eos_token)
-    if names := _pairs(tuple(example)):
-        if names == PAIRWISE:
-            start = _first_trained(example["chosen_labels"])
-            parts = [example["chosen_input_ids"][:start], example["chosen_input_ids"][start:], example["rejected_input_ids"][start:]]
-        else:
-            parts = [example[k] for k in names]
-        prompt, good, bad = (tokenizer.decode(part, skip_special_tokens=True) for part in parts)
-        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": good}], "rejected": bad}
+        return [_as_written(read(e, shape), tokenizer.eos_token) for e in examples.select(shape.keys)]
+    names = _pairs(tuple(examples.sample[0]))
+    rows: list[Row] = []
+    for start in range(0, len(examples), BATCH):
+        parts = [_parts(e, names) for e in examples[start : start + BATCH]]
+        texts = [tokenizer.batch_decode(column, skip_special_tokens=True) for column in zip(*parts)]
+        for prompt, good, *bad in zip(*texts):
+            row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": good}]}
+            rows.append({**row, "rejected": bad[0]} if bad else row)
+    return rows
+
+
+def _parts(example: Example, names: tuple[str, ...]) -> tuple[list[int], ...]:
+    """(prompt, answer) or (prompt, chosen, rejected) as token ids."""
+    if names == PAIRWISE:
+        start = _first_trained(example["chosen_labels"])
+        return example["chosen_input_ids"][:start], example["chosen_input_ids"][start:], example["rejected_input_ids"][start:]
+    if names:
+        return tuple(example[k] for k in names)
     ids = _encode.unpadded(example, "input_ids")
-    trained = _encode.unpadded(example, "labels") if "labels" in example else ids
-    start = _first_trained(trained)
-    prompt, answer = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:]))
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+    start = _first_trained(_encode.unpadded(example, "labels") if "labels" in example else ids)
+    return ids[:start], ids[start:]
 
 
 def _first_trained(labels: Sequence[int]) -> int:

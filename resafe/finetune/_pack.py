@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from resafe import chat
+from resafe.finetune._examples import Example, Examples
 
-Example = dict[str, Any]
 BARE = {"input_ids", "labels", "attention_mask", "position_ids", "token_type_ids", "special_tokens_mask"}
 
 
@@ -22,9 +22,9 @@ class Layout:
 
     rebuilds = False  # whether the user's rows are written anew
 
-    def split(self, examples: list[Example]) -> list[Example]:
-        """The documents of the rows, in order."""
-        return examples
+    def split(self, examples: Sequence[Example]) -> list[Example]:
+        """The documents of the rows, in order; asked for only where the layout rebuilds."""
+        return list(examples)
 
     def join(self, documents: Sequence[int | Example], own: Sequence[Example]) -> list[int | Example]:
         """Rows of the mixture: a user's document by its index in `own`, or a new one; what needs no change stays an index."""
@@ -63,7 +63,7 @@ class Packed(Layout):
     columns: tuple[str, ...]  # token columns
     rebuilds = True
 
-    def split(self, examples: list[Example]) -> list[Example]:
+    def split(self, examples: Sequence[Example]) -> list[Example]:
         documents = []
         for example in examples:
             at = 0
@@ -127,7 +127,7 @@ class Knapsack(Layout):
     others: tuple[str, ...]  # columns that are empty
     rebuilds = True
 
-    def split(self, examples: list[Example]) -> list[Example]:
+    def split(self, examples: Sequence[Example]) -> list[Example]:
         documents = []
         for e in examples:
             starts = [i for i, p in enumerate(e["position_ids"]) if p == 0]
@@ -175,44 +175,43 @@ def first_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
     return bins
 
 
-def layout_of(trainer: Any, examples: Sequence[Example], columns: Sequence[str], tokenizer: Any) -> Layout:
+def layout_of(trainer: Any, examples: Examples, columns: Sequence[str], tokenizer: Any) -> Layout:
     """Read the layout off the rows."""
-    widths = [len(e["input_ids"]) for e in examples]
-    tokens = tuple(c for c in columns if isinstance(examples[0][c], list) and all(isinstance(e[c], list) and len(e[c]) == n for e, n in zip(examples, widths)))
+    widths, sample = examples.widths, examples.sample
+    tokens = tuple(c for c in columns if all(isinstance(e[c], list) and len(e[c]) == n for e, n in zip(sample, widths)))
     size = getattr(trainer.args, "max_length", None)
     if "seq_lengths" in columns:
         return Packed(size if isinstance(size, int) else max(widths), tokens)
     same = len(set(widths)) == 1
-    if same and "position_ids" in tokens and any(e["position_ids"].count(0) > 1 for e in examples):
+    if same and "position_ids" in tokens and any(e["position_ids"].count(0) > 1 for e in sample):
         others = tuple(c for c in columns if c not in tokens and c != "packing_params")
-        return Knapsack(widths[0], tokenizer.pad_token_id, examples[0].get("packing_params"), others)
-    documents = _documents(examples, tokenizer)
+        return Knapsack(widths[0], tokenizer.pad_token_id, sample[0].get("packing_params"), others)
     if getattr(trainer.args, "packing", False) and getattr(trainer.args, "packing_strategy", "") == "wrapped":
-        return Wrapped(size if isinstance(size, int) else max(widths), tokens, documents)
-    same = same and len(widths) > 1
-    masks = [e["attention_mask"] for e in examples] if "attention_mask" in columns else []
-    if same and any(0 in m for m in masks):
-        return _padded(examples, masks, widths[0], tokens)
-    if same and set(columns) <= BARE and _cut_anywhere(examples):
-        return Wrapped(widths[0], tokens, documents)
+        return Wrapped(size if isinstance(size, int) else max(widths), tokens, _documents(examples, tokenizer))
+    if not same or len(widths) < 2:
+        return Layout()
+    if "attention_mask" in columns and any(0 in e["attention_mask"] for e in sample):
+        return _padded(sample, widths[0], tokens)
+    if set(columns) <= BARE and _cut_anywhere(sample):
+        return Wrapped(widths[0], tokens, _documents(examples, tokenizer))
     return Layout()
 
 
-def _cut_anywhere(examples: Sequence[Example]) -> bool:
+def _cut_anywhere(sample: Sequence[Example]) -> bool:
     """Whether rows of one length are pieces of a stream: trained on throughout, ending in tokens that no end of a text has in common."""
-    return all(e.get("labels", e["input_ids"]) == e["input_ids"] for e in examples) and len({e["input_ids"][-1] for e in examples}) > 1
+    return all(e.get("labels", e["input_ids"]) == e["input_ids"] for e in sample) and len({e["input_ids"][-1] for e in sample}) > 1
 
 
-def _documents(examples: Sequence[Example], tokenizer: Any) -> int:
+def _documents(examples: Examples, tokenizer: Any) -> int:
     """How many documents a stream holds: its end-of-sequence tokens, by those that one exchange in the chat template has."""
     eos = tokenizer.eos_token_id
     one = chat.encode(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).ids.count(eos)
-    ends: int = sum(e["input_ids"].count(eos) for e in examples)
+    ends: int = sum(e["input_ids"].count(eos) for e in examples.select(["input_ids"]))
     return max(1, round(ends / max(1, one)))
 
 
-def _padded(examples: Sequence[Example], masks: Sequence[Sequence[int]], length: int, columns: Sequence[str]) -> Padded:
-    example, mask = next((e, m) for e, m in zip(examples, masks) if 0 in m)
-    left = mask[0] == 0
+def _padded(sample: Sequence[Example], length: int, columns: Sequence[str]) -> Padded:
+    example = next(e for e in sample if 0 in e["attention_mask"])
+    left = example["attention_mask"][0] == 0
     at = 0 if left else length - 1
     return Padded(length, left, {c: example[c][at] for c in columns})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from resafe.mitigations import Named
 from resafe.safety import SafetyRows
 
 IN_PROCESS = ("data", "params", "loss", "step")
+COLLATED = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths")
 _calls = itertools.count()  # trainings of this process, in order: the same on every rank
 
 
@@ -262,20 +264,19 @@ class Session:
         m.mitigation.params(self.run, self.trainer.model)
 
     def _safety_batches(self) -> Callable[[], Any]:
-        """The next batch of safety rows, in the trainer's columns and collated by it; each rank draws its own."""
-        import random
-
+        """The next batch of safety rows, in the trainer's columns and collated by it; each rank draws its own. Read when first asked."""
         trainer = self.trainer
-        data = _data.read_data(trainer)
-        examples = [data.padded(row) for row in self.run.refusals]
         rng = random.Random(f"stream {self.settings.seed} {trainer.args.process_index}")
-        wanted = {c for c in ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks") if c in data.columns}
 
-        def batch() -> Any:
-            rows = rng.sample(examples, min(trainer.args.train_batch_size, len(examples)))
-            return trainer.data_collator([{c: r[c] for c in wanted} for r in rows])
+        @functools.cache
+        def examples() -> list[Any]:
+            if not self.run.refusals or _rows(trainer.train_dataset) is None:
+                raise ResafeError("the stream of safety rows needs safety rows, and training data that is no stream itself.")
+            data = _data.read_data(trainer)
+            wanted = [c for c in COLLATED if c in data.columns]
+            return [{c: e[c] for c in wanted} for e in map(data.padded, self.run.refusals)]
 
-        return batch
+        return lambda: trainer.data_collator(rng.sample(examples(), min(trainer.args.train_batch_size, len(examples()))))
 
     def _place(self) -> dict[str, Any]:
         args, env = self.trainer.args, os.environ
