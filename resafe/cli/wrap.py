@@ -14,7 +14,7 @@ from resafe.cli import options
 if TYPE_CHECKING:
     from resafe.finetune.launch import Request
 
-COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+COMMAND = {"allow_interspersed_args": False}  # what follows the first word of the command is the command's
 command = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 mix_mode = click.option("--mix-mode", envvar="RESAFE_MIX_MODE", type=click.Choice(["append", "replace"]), help="mix_safety: more rows and steps, or as many as before.")
 kept = click.option("--receipts", type=options.FOLDER, help="Keep the receipts in this new folder; over several machines, a shared one.")

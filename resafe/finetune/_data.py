@@ -22,6 +22,7 @@ REFUSED = (
     "RewardTrainer", "PRMTrainer", "GRPOTrainer", "RLOOTrainer", "PPOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer",
     "KTOTrainer", "BCOTrainer", "ORPOTrainer", "CPOTrainer", "GKDTrainer", "CustomKTOTrainer", "CustomPPOTrainer", "PairwiseTrainer",
 )  # fmt: skip
+OTHER_TEMPLATE = "your rows are not rendered with the tokenizer's chat template; the safety rows are."
 IMAGES = {"pixel_values", "images", "image", "videos", "audios"}
 
 
@@ -68,7 +69,7 @@ class TrainData:
         }  # fmt: skip
         cut: Example = {k: v[:n] for k, v in known.items()}
         cut["length"] = cut["num_tokens"] = len(cut["input_ids"])
-        return self._filled({**self._raw(row), **cut})
+        return self._filled({**self._raw(row), **cut, **tokens.whole})
 
     def _raw(self, row: Row) -> Example:
         """A row in the raw columns, where they are still there: texts in the template's marks where the user's are."""
@@ -83,6 +84,8 @@ class TrainData:
         if not names:
             return self._filled(self._raw(row))
         good = self.encoder.encode(row)
+        if good.whole:
+            return self._filled(good.whole)
         bad = self.encoder.encode({"messages": [*row["messages"][:-1], {"role": "assistant", "content": row["rejected"]}]})
         start = min(good.start, bad.start)
         if names == PAIRWISE:
@@ -184,7 +187,9 @@ def _described(trainer: Any, dataset: Any, examples: Examples) -> TrainData:
         _encode.label_policy(documents.sample) if "labels" in columns else "all",
     )  # fmt: skip
     if raw and probes and not _encode.reproduces(encoder, probes[0], raw):
-        data.notes.append("your rows are not rendered with the tokenizer's chat template; the safety rows are.")
+        data.notes.append(OTHER_TEMPLATE)
+    if tokenised and raw is None and encoder.name == _encode.TEMPLATE and type(layout) is not _pack.Wrapped:
+        data.notes += [] if _encode.opens_like(tokenizer, documents.sample) else [OTHER_TEMPLATE]
     return data
 
 
@@ -289,7 +294,10 @@ def _mapped(dataset: Any, entries: Sequence[int | Example]) -> Any:
         def __len__(self) -> int:
             return len(self.items)
 
-        def __getitem__(self, index: int) -> Any:
+        def __getitem__(self, index: int | str) -> Any:
+            if isinstance(index, str):  # a whole column, as ms-swift asks for lengths
+                column = dataset[index]
+                return [column[item] if isinstance(item, int) else item[index] for item in self.items]
             item = self.items[index]
             return dataset[item] if isinstance(item, int) else item
 

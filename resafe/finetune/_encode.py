@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from resafe import chat
@@ -28,6 +28,7 @@ class Tokens:
     ids: list[int]
     start: int
     assistant: list[int]
+    whole: dict[str, Any] = field(default_factory=dict)  # the row in all its columns, where the framework's own template made it
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,10 @@ def by_template(tokenizer: Any) -> Encoder:
 
 
 def trainer_template(trainer: Any, tokenizer: Any) -> Encoder | None:
-    """LLaMA-Factory's own template, which its collator carries and which need not be the tokenizer's."""
+    """The framework's own template, which need not be the tokenizer's: ms-swift's on the trainer, LLaMA-Factory's on the collator."""
+    swift = getattr(trainer, "template", None)
+    if hasattr(swift, "template_meta"):
+        return _swift(swift)
     template = getattr(trainer.data_collator, "template", None)
     if template is None or not callable(getattr(template, "encode_multiturn", None)):
         return None
@@ -124,6 +128,33 @@ def trainer_template(trainer: Any, tokenizer: Any) -> Encoder | None:
         return Tokens(ids, start, mask)
 
     return Encoder("LLaMA-Factory template", encode)
+
+
+def _swift(template: Any) -> Encoder:
+    """ms-swift's template gives whole rows: labels, lengths and, for preference data, both answers."""
+
+    def encode(row: Row) -> Tokens:
+        asked: dict[str, Any] = {"messages": [dict(m) for m in row["messages"]]}
+        side = "chosen_" if template.mode == "rlhf" else ""
+        if side:
+            asked["rejected_response"] = row["rejected"]
+        try:
+            given = template.encode(asked, return_length=True)
+        except ValueError as error:  # MaxLengthError
+            raise ResafeError(f"ms-swift's template cannot encode a safety row: {error}") from None
+        mask = [int(v != IGNORED) for v in given[f"{side}labels"]]
+        last = max((i for i, m in enumerate(mask) if m), default=0)
+        start = next((i + 1 for i in range(last, -1, -1) if not mask[i]), 0)
+        return Tokens(list(given[f"{side}input_ids"]), start, mask, dict(given))
+
+    return Encoder("ms-swift template", encode)
+
+
+def opens_like(tokenizer: Any, sample: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether most rows begin with the tokens that every prompt begins with in the chat template; True where it has none."""
+    one, other = (chat.prompt_ids(tokenizer, [{"role": "user", "content": c}]) for c in ("a", "b"))
+    head = one[: _common(one, other)]
+    return 2 * sum(unpadded(e, "input_ids")[: len(head)] == head for e in sample) >= len(sample)
 
 
 def _text_ways(tokenizer: Any, shape: Shape) -> list[Encoder]:

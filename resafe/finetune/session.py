@@ -233,6 +233,8 @@ class Session:
         whole = mix_unread(mixing, self.run, n)
         mixture = Mixture(whole.entries[:n], n, whole.sha256)
         self.keep(_data.mixed_stream(stream, mixture, data.padded), mixture, n)
+        for note in data.notes:
+            self.log(f"note: {note}")
         self.facts.update(rows_before=n, steps_before=args.max_steps, stream=True, encoder=data.encoder.name, masking=data.policy)
         self.log(
             f"the data is a stream: max_steps={args.max_steps} stays, so {len(mixture.added)} of the {n} rows that will be read are safety "

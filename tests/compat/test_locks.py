@@ -1,4 +1,4 @@
-"""Unmodified commands on the versions that LLaMA-Factory and axolotl pin: `make compat` builds the two environments once.
+"""Unmodified commands on the versions that LLaMA-Factory, axolotl and ms-swift pin: `make compat` builds their environments once.
 
 Torch and the frameworks come from the lock files beside this one; resafe is installed into each and changes none of its pins.
 """
@@ -21,7 +21,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SCRIPTS = HERE / "scripts"
 pytestmark = pytest.mark.compat
-LOCKS = ("llamafactory", "axolotl")
+LOCKS = ("llamafactory", "axolotl", "swift")
+OLDER = LOCKS[:2]
 Compared = Callable[..., None]
 FACTORY: dict[str, Any] = {
     "do_train": True, "stage": "sft", "dataset": "chat", "finetuning_type": "full", "cutoff_len": 128, "num_train_epochs": 5,
@@ -41,7 +42,7 @@ def frozen(python: Path) -> set[str]:
 
 @pytest.fixture(scope="session")
 def environments() -> dict[str, Path]:
-    """The two virtual environments with resafe in them: name -> its bin folder."""
+    """The virtual environments with resafe in them: name -> its bin folder."""
     return {name: _environment(name) for name in LOCKS}
 
 
@@ -77,7 +78,7 @@ def test_installing_resafe_changes_no_pin(name: str, environments: dict[str, Pat
     assert subprocess.run([environments[name] / "resafe", "list"], capture_output=True, text=True, check=True).stdout.count("\n") >= 5
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", OLDER)
 @pytest.mark.parametrize(
     ("program", "data", "more", "before", "after"),
     [
@@ -200,3 +201,29 @@ def test_the_plugin_refuses_what_it_cannot_do(environments: dict[str, Path], ali
         command = axolotl(tmp_path, aligned, files, plugins=["resafe.integrations.axolotl.ResafePlugin"], resafe=section)(tmp_path / "run")
         run: Outcome = execute(environments["axolotl"], command, tmp_path, tmp_path / "run", resafe=False)
         assert run.code != 0 and said in run.err, run.err
+
+
+SWIFT = ["--model_type", "llama", "--template", "lab", "--external_plugins", SCRIPTS / "swift_template.py", "--check_model", "false", "--add_version", "false"]
+FAST: list[Any] = [
+    "--per_device_train_batch_size", 10, "--gradient_accumulation_steps", 1, "--learning_rate", 3e-4, "--lr_scheduler_type", "constant", "--warmup_ratio", 0,
+    "--torch_dtype", "float32", "--num_train_epochs", 5, "--save_only_model", "true", "--create_checkpoint_symlink", "true", "--report_to", "none",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [["--tuner_type", "full"], ["--tuner_type", "full", "--group_by_length", "true"]], ids=["full", "by length"])
+def test_ms_swift_encodes_safety_rows_with_its_own_template(more: list[Any], environments: dict[str, Path], aligned: Path, files: Path, tmp_path: Path) -> None:
+    """ms-swift cuts answers at their first word, so what they teach is measured by preference."""
+    found = {}
+    for resafe in (False, True):
+        out = tmp_path / ("run" if resafe else "bare")
+        words = ["swift", "sft", "--model", aligned, *SWIFT, "--dataset", files / "messages.jsonl", "--output_dir", out, *FAST, *more]
+        run = execute(environments["swift"], words, tmp_path, out, resafe=resafe)
+        assert run.code == 0, run.err
+        last = max(out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        found[resafe] = (prefers_complying(last), manifest.read(last))
+        if resafe:
+            assert "receipts complete" in run.err, run.err
+    assert found[False][1] is None and found[False][0] >= 0.6
+    mixture = (found[True][1] or {})["mixture"]
+    assert (mixture["rows_before"], mixture["rows"], mixture["encoder"]) == (10, 100, "ms-swift template")
+    assert found[True][0] <= found[False][0] / 2

@@ -293,16 +293,36 @@ def test_a_repair_that_fails_is_exit_code_3_and_leaves_the_fine_tune(train: Call
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out-repaired").exists()
 
 
+def test_shards_are_detected_and_a_repair_waits_for_their_merge(train: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """A save that holds FSDP shards only, as SHARDED_STATE_DICT leaves it."""
+    words = [str(w) for w in train()]
+    text = f"""
+import pathlib, subprocess
+subprocess.run({words!r}, check=True)
+shards = pathlib.Path("out/pytorch_model_fsdp_0")
+shards.mkdir()
+pathlib.Path("out/model.safetensors").rename(shards / "__0_0.distcp")
+"""
+    merge = f"accelerate merge-weights {tmp_path}/out/pytorch_model_fsdp_0 {tmp_path}/out"
+    done = call(*script(tmp_path, text), cwd=tmp_path)
+    assert done.returncode == 0 and merge in done.stderr, done.stderr
+    shutil.rmtree(tmp_path / "out")
+    done = call(*script(tmp_path, text), cwd=tmp_path, run=[*RUN, "--mitigation", "restore_weights:strength=0.5"])
+    assert done.returncode == 3 and merge in done.stderr and "restore_weights NOT applied" in done.stderr
+    assert f"resafe repair {tmp_path}/out --mitigation restore_weights:strength=0.5 -o {tmp_path}/out-repaired" in done.stderr
+
+
 def test_bad_flags_are_one_line_before_anything_runs(train: Callable[..., list[Any]], tmp_path: Path) -> None:
     for words, said in (
         (["--mitigation", "mix_safty"], "Did you mean 'mix_safety'"),
         (["--mitigation", "filter_output", "--mix-mode", "replace"], "--mix-mode is for mix_safety"),
         (["--mitigation", "mix_safety", "--safety-data", "no.jsonl"], "no such safety data file"),
         (["--mitigation", "mix_safety", "-o", "x"], "--output is for the repaired model"),
+        (["--mitigaton", "mix_safety"], "--mitigation"),
         ([], "at least one mitigation"),
     ):
         done = call(*train(), cwd=tmp_path, run=[*RUN[:4], *words])
-        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
 
 
