@@ -2,9 +2,12 @@
 
     python benchmarks/overhead.py                       # lab model and a 100M-parameter random Llama on one CPU thread
     python benchmarks/overhead.py --models 7b           # on a GPU: LoRA on a 7B-shaped Llama with random weights
+    python benchmarks/overhead.py --readme              # table -> README.md
 
-Each pair of runs is one process bare and one behind `resafe run --mix-mode replace`, in an order that alternates. A run's step time is
-the mean of its steps without the slowest and the fastest tenth; the overhead is the mean over pairs of the ratio, with its 95 % interval (t).
+Each pair is one process bare and one behind `resafe run --mix-mode replace`: on a CPU at the same time, each pinned to a core of its own and
+the cores swapped from pair to pair, so that what else the machine does slows both; on a GPU one after the other, the order alternating. A
+run's step time is the mean of its steps without the slowest and the fastest tenth. The overhead is the median over pairs of the ratio, with its
+exact 95 % interval from order statistics.
 """
 
 from __future__ import annotations
@@ -20,15 +23,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "overhead.json"
 ROWS = 400
+BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
 MODELS: dict[str, dict[str, Any]] = {
-    "lab": {"steps": 300, "batch": 8, "pairs": 24},
-    "100m": {"steps": 14, "batch": 2, "pairs": 10, "packing": True, "shape": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10}},
+    "lab": {"steps": 200, "batch": 8, "pairs": 30},
+    "100m": {"steps": 12, "batch": 2, "pairs": 14, "packing": True, "shape": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10}},
     "7b": {"steps": 60, "batch": 8, "pairs": 8, "lora": True, "packing": True, "shape": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}},
 }  # fmt: skip
 
@@ -38,10 +42,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["lab", "100m"])
     parser.add_argument("--pairs", type=int, help="pairs of runs; default by model")
+    parser.add_argument("--readme", action="store_true")
     parser.add_argument("--train", nargs=3, metavar=("MODEL", "DATA", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:
         return train(*args.train)
+    if args.readme:
+        return readme()
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {"models": {}}
     for name in args.models:
         found["models"][name] = measure(name, args.pairs or MODELS[name]["pairs"])
@@ -50,7 +57,29 @@ def main() -> None:
 
         write_json(RESULT, found)
         print(json.dumps(found["models"][name], indent=2))
-    return None
+    return readme()
+
+
+def readme() -> None:
+    """Put the table between its two markers in README.md."""
+    from resafe.files import write_text
+
+    file = HERE.parent / "README.md"
+    before, rest = file.read_text(encoding="utf-8").split(BEGIN)
+    write_text(file, f"{before}{BEGIN}\n{markdown(json.loads(RESULT.read_text()))}\n{END}{rest.split(END)[1]}")
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """A line per model; what was not measured says so."""
+    lines = ["| model | step time | peak memory | tokens | pairs x steps |", "|---|---|---|---|---|"]
+    for name, title in (("lab", "lab, 0.8M"), ("100m", "Llama, 101M, random"), ("7b", "Llama, 7B shape, LoRA, GPU")):
+        m = found["models"].get(name)
+        if m is None:
+            lines.append(f"| {title} | not measured | not measured | not measured | - |")
+            continue
+        step, memory = (f"{m[k]['median']:.3f} [{m[k]['low']:.3f}, {m[k]['high']:.3f}]" for k in ("step_ratio", "peak_memory_ratio"))
+        lines.append(f"| {title} | {step} | {memory} | {m['tokens_ratio']:.3f} | {m['pairs']} x {m['steps']} |")
+    return "\n".join(lines)
 
 
 def measure(name: str, pairs: int) -> dict[str, Any]:
@@ -60,8 +89,14 @@ def measure(name: str, pairs: int) -> dict[str, Any]:
         data = _rows(home / "rows.jsonl")
         runs: dict[str, list[dict[str, Any]]] = {"bare": [], "resafe": []}
         for pair in range(pairs):
-            for kind in ("bare", "resafe") if pair % 2 == 0 else ("resafe", "bare"):
-                runs[kind].append(_run(kind, name, data, home / f"{kind}-{pair}"))
+            order = ("bare", "resafe") if pair % 2 == 0 else ("resafe", "bare")
+            if _cuda():
+                measured = {kind: _finished(_start(kind, name, data, home / f"{kind}-{pair}", None)) for kind in order}
+            else:
+                started = {kind: _start(kind, name, data, home / f"{kind}-{pair}", core) for core, kind in enumerate(order)}
+                measured = {kind: _finished(run) for kind, run in started.items()}
+            for kind, found in measured.items():
+                runs[kind].append(found)
             print(f"{name}: pair {pair + 1}/{pairs}: {runs['resafe'][-1]['step'] / runs['bare'][-1]['step']:.4f}", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(home)
@@ -75,23 +110,35 @@ def measure(name: str, pairs: int) -> dict[str, Any]:
 
 
 def _ratio(runs: dict[str, list[dict[str, Any]]], what: str) -> dict[str, float]:
-    """Mean of the pairs' ratios, wrapped to bare, and its 95 % interval."""
+    """Median of the pairs' ratios, wrapped to bare, and its 95 % interval."""
     from scipy import stats
 
     ratios = [b[what] / a[what] for a, b in zip(runs["bare"], runs["resafe"])]
-    half = float(stats.sem(ratios) * stats.t.ppf(0.975, len(ratios) - 1)) if len(ratios) > 1 else float("nan")
-    return {"mean": round(mean(ratios), 4), "low": round(mean(ratios) - half, 4), "high": round(mean(ratios) + half, 4)}
+    low, high = stats.quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)
+    return {"median": round(median(ratios), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
-def _run(kind: str, name: str, data: Path, out: Path) -> dict[str, Any]:
-    """One process; its step times, peak memory and tokens."""
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _start(kind: str, name: str, data: Path, out: Path, core: int | None) -> tuple[subprocess.Popen[str], Path, float]:
+    """Start one process, pinned to `core`."""
     front = ["resafe", "run", "--mitigation", "mix_safety:ratio=0.1", "--mix-mode", "replace", "--safety-data", "lab", "--"]
     command = [*(front if kind == "resafe" else []), sys.executable, __file__, "--train", name, str(data), str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    started = time.time()
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    pin = ["taskset", "--cpu-list", str(core)] if core is not None else []
+    with tempfile.TemporaryFile("w+") as spare:
+        return subprocess.Popen([*pin, *command], env=env, stdout=spare, stderr=spare, text=True), out, time.time()
+
+
+def _finished(run: tuple[subprocess.Popen[str], Path, float]) -> dict[str, Any]:
+    """Wait for a process; its step times, peak memory and tokens."""
+    process, out, started = run
+    if process.wait():
+        raise SystemExit(f"{process.args} ended with exit code {process.returncode}")
     found: dict[str, Any] = json.loads((out / "measured.json").read_text())
     shutil.rmtree(out)
     times = sorted(found["times"])[len(found["times"]) // 10 : -len(found["times"]) // 10]
