@@ -21,12 +21,13 @@ from pydantic import Field
 from resafe.errors import ResafeError
 from resafe.files import check_free, write_json
 from resafe.mitigation import Mitigation, Needs, Run
+from resafe.mitigations._updates import adapter_of
 from resafe.models import base_of, is_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from resafe.weights import Adapter, Module, Twin
+    from resafe.weights import Module, Twin
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Step = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]  # 0 would be no restoration at all
@@ -73,7 +74,7 @@ class RestoreWeights(Mitigation):
         def factor(module: Module) -> float:
             return 1.0 if self.embeddings == "keep" and module.vocabulary else 1 - strength  # W - W_a = (1 - a) s B A
 
-        adapter = _adapter_of(tuned, aligned)
+        adapter = adapter_of(tuned, aligned)
         return rescale(adapter, factor, target, base=str(base_of(tuned).absolute()))
 
     def _restore_checkpoint(self, run: Run, tuned: Path, aligned: Path, strength: float, target: Path) -> Path:
@@ -119,21 +120,6 @@ def _models(run: Run) -> tuple[Path, Path]:
     if run.aligned is None:
         raise ResafeError("restore_weights needs the model before fine-tuning: name its folder with --aligned.")
     return run.tuned, run.aligned
-
-
-def _adapter_of(tuned: Path, aligned: Path) -> Adapter:
-    """The adapter in `tuned`, refused unless its base is `aligned`: elsewhere a smaller update does not lead there."""
-    from resafe.weights import Adapter, Checkpoint, check_copies, same_weights
-
-    adapter = Adapter(tuned)
-    base, model = base_of(tuned), Checkpoint(aligned)
-    if base.resolve() != aligned.resolve() and not same_weights(Checkpoint(base), model):
-        raise ResafeError(
-            f"the adapter {tuned} was trained on {base}, whose weights are not those of {aligned}: name that base with --aligned, "
-            "or merge the adapter into it and restore the full checkpoint."
-        )
-    check_copies(model, adapter)
-    return adapter
 
 
 def _utility(run: Run, folder: Path) -> float:

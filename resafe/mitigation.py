@@ -28,6 +28,7 @@ HOOKS = ("prepare", "data", "params", "loss", "step", "repair", "guard")
 class Needs:
     """What must be at hand before any work starts, and what a method can be applied to."""
 
+    base: bool = False  # the model before alignment
     aligned: bool = False  # the model before fine-tuning
     safety: bool = False  # safety rows (refusals; contrast rows where they are offered)
     lora: bool = True
@@ -113,6 +114,8 @@ class Mitigation(BaseModel):
         """Refuse, before any work, a run that lacks what this mitigation needs. Raises ResafeError."""
         if self.needs.aligned and run.aligned is None:
             raise ResafeError(f"{name} needs the model before fine-tuning: name its folder with --aligned.")
+        if self.needs.base and run.base is None:
+            raise ResafeError(f"{name} needs the model before alignment (the pre-trained base): name its folder with --base.")
         if self.needs.safety and not run.refusals:
             raise ResafeError(f"{name} needs safety rows: name a file with --safety-data, or leave the shipped pack on.")
         if run.tuned is not None:

@@ -12,6 +12,7 @@ from resafe.cli.catalogue import info, list_
 from resafe.cli.experiment import bench, demo, lab
 from resafe.cli.measure import compare, evaluate
 from resafe.cli.run import repair, train
+from resafe.cli.weights import diff
 from resafe.cli.wrap import env, hook, mix, plan, receipts, run
 from resafe.errors import ResafeError
 
@@ -29,7 +30,7 @@ def cli() -> None:
     """Re-apply safety to language models after fine-tuning, and measure it honestly."""
 
 
-for command in (demo, run, plan, mix, train, repair, evaluate, compare, bench, env, receipts, hook, list_, info, lab):
+for command in (demo, run, plan, mix, train, repair, evaluate, compare, diff, bench, env, receipts, hook, list_, info, lab):
     cli.add_command(command)
 
 

@@ -38,6 +38,6 @@ def info(name: str) -> None:
         shape = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(field.annotation))
         click.echo(f"  {key}  {shape}, {default}" + (f": {field.description}" if field.description else ""))
     needs = kind.needs
-    wants = [n for n, on in (("the model before fine-tuning (--aligned)", needs.aligned), ("safety rows", needs.safety)) if on]
+    wants = [n for n, on in (("the model before alignment (--base)", needs.base), ("the model before fine-tuning (--aligned)", needs.aligned), ("safety rows", needs.safety)) if on]
     works = [n for n, on in (("LoRA", needs.lora), ("full", needs.full), ("4/8-bit bases", needs.quantised)) if on]
     click.echo(f"\nNeeds     {'; '.join(wants) or 'nothing'}\nWorks on  {', '.join(works)}")

@@ -47,13 +47,14 @@ def train(model: str, data: Path, mitigations: tuple[str, ...], output: Path, sa
 @click.command()
 @click.argument("tuned", type=options.FOLDER)
 @click.option("--aligned", help="Folder of the model before fine-tuning, or 'lab'.")
+@click.option("--base", help="Folder of the model before alignment (pre-trained), or 'lab:base'.")
 @click.option("--data", type=options.FOLDER, help="JSONL rows of the user's task: replayed, and the measure of utility.")
 @options.mitigation
 @options.output
 @options.safety_data
 @options.heldout
 @options.seed
-def repair(tuned: Path, aligned: str | None, data: Path | None, mitigations: tuple[str, ...], output: Path,
+def repair(tuned: Path, aligned: str | None, base: str | None, data: Path | None, mitigations: tuple[str, ...], output: Path,
            safety_data: str | None, heldout: Path | None, seed: int) -> None:  # fmt: skip
     """Put safety back into a finished fine-tune (a full checkpoint or a LoRA adapter)."""
     from resafe import lab
@@ -61,7 +62,8 @@ def repair(tuned: Path, aligned: str | None, data: Path | None, mitigations: tup
 
     log = options.logger()
     before = lab.resolve(aligned, log=log) if aligned else None
-    click.echo(run(tuned, output, mitigations, before, data, safety_data, heldout, seed, log))
+    first = lab.resolve(base, log=log) if base else None
+    click.echo(run(tuned, output, mitigations, before, data, safety_data, heldout, seed, log, first))
 
 
 def _first(error: ValueError) -> str:

@@ -33,9 +33,10 @@ def _flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @_flags
 @kept
 @click.option("--aligned", type=options.FOLDER, help="Model before fine-tuning, for repairs [default: the one that training started from].")
+@click.option("--base", type=options.FOLDER, help="Model before alignment, for repairs that need it.")
 @click.option("--output", "-o", type=options.FOLDER, help="Folder for the repaired model [default: SAVED-repaired].")
 @command
-def run(command: tuple[str, ...], aligned: Path | None, output: Path | None, **flags: Any) -> None:
+def run(command: tuple[str, ...], aligned: Path | None, base: Path | None, output: Path | None, **flags: Any) -> None:
     """Run a training COMMAND, unchanged, with mitigations; exit code 3 if they were not applied.
 
     \b
@@ -43,7 +44,7 @@ def run(command: tuple[str, ...], aligned: Path | None, output: Path | None, **f
     """
     from resafe.finetune import launch
 
-    launch.end(launch.run(_request(command, aligned=aligned, output=output, **flags), options.logger()))
+    launch.end(launch.run(_request(command, aligned=aligned, base=base, output=output, **flags), options.logger()))
 
 
 @click.command(context_settings=COMMAND)

@@ -39,6 +39,7 @@ class Request:
     seed: int = 0
     receipts: Path | None = None
     aligned: Path | None = None
+    base: Path | None = None
     output: Path | None = None
 
     def check(self) -> list[Named]:
@@ -50,7 +51,7 @@ class Request:
             raise ResafeError("name at least one mitigation (--mitigation NAME; resafe list shows them).")
         safety = _run.safety_for(named, self.safety_data)
         run = Run(
-            output=Path(), seed=self.seed, aligned=self.aligned or Path(), refusals=safety.refusals if safety else [],
+            output=Path(), seed=self.seed, aligned=self.aligned or Path(), base=self.base, refusals=safety.refusals if safety else [],
             contrast=safety.contrast if safety else [],
         )  # fmt: skip
         for m in named:
@@ -233,6 +234,8 @@ def _repaired(request: Request, named: Sequence[Named], verdict: receipts.Verdic
     started = verdict.applied[-1]["aligned"]
     if aligned := request.aligned or started:
         words += ["--aligned", str(aligned)]
+    if request.base:
+        words += ["--base", str(request.base)]
     if (rows := folder / environment.TASK_FILE).is_file():
         words += ["--data", str(rows)]
     if request.safety_data:

@@ -26,10 +26,11 @@ def repair(
     heldout: str | Path | None = None,
     seed: int = 0,
     log: _run.Log = lambda _: None,
+    base: str | Path | None = None,
 ) -> Path:
     """Apply `mitigations` in order to the checkpoint `tuned`; return the new folder `output` with its manifest.
 
-    `aligned` is the model before fine-tuning; `data` are rows of the user's task for self-distilled replay; `heldout`
+    `aligned` is the model before fine-tuning, `base` the one before alignment; `data` are rows of the user's task for self-distilled replay; `heldout`
     rows (default: `data`) measure utility for methods that calibrate themselves.
     Raises ResafeError before any work for whatever is wrong with the input.
     """
@@ -45,7 +46,8 @@ def repair(
     rows = read_jsonl(Path(data)) if data else []
     kept = read_jsonl(Path(heldout)) if heldout else rows
     run = Run(
-        output=target, seed=seed, aligned=models.vet(Path(aligned)).absolute() if aligned else None, tuned=home, task=rows,
+        output=target, seed=seed, base=models.vet(Path(base)).absolute() if base else None,
+        aligned=models.vet(Path(aligned)).absolute() if aligned else None, tuned=home, task=rows,
         refusals=safety.refusals if safety else [], contrast=safety.contrast if safety else [], log=log,
         measure=held_out_utility(kept) if kept else None,
     )  # fmt: skip
@@ -56,7 +58,7 @@ def repair(
     work = _run.workplace(
         target,
         [
-            _run.state(home), _run.state(run.aligned), _run.content(data), [m.spec for m in named],
+            _run.state(home), _run.state(run.aligned), _run.state(run.base), _run.content(data), [m.spec for m in named],
             safety.sha256 if safety else None, _run.content(heldout), seed,
         ],
     )  # fmt: skip
@@ -67,7 +69,8 @@ def repair(
     with new_folder(target) as folder:
         _run.link_copy(last, folder)
         manifest.write(folder, {
-            "verb": "repair", "tuned": str(home), "aligned": str(run.aligned) if run.aligned else None, "before": before,
+            "verb": "repair", "tuned": str(home), "aligned": str(run.aligned) if run.aligned else None,
+            "base": str(run.base) if run.base else None, "before": before,
             **_run.describe(named, safety, seed), "guard": guard, "overlap": before.get("overlap", {}),
         })  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)

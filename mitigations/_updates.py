@@ -1,0 +1,168 @@
+"""Judging and editing an update weight by weight, whether it is a LoRA adapter's s B A or a full checkpoint's W - W_aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resafe.errors import ResafeError
+from resafe.files import write_json
+from resafe.mitigation import Run
+from resafe.models import base_of, is_adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resafe.weights import Adapter, Module, Twin
+    from resafe.weights.alignment import Alignment
+
+Operator = Callable[["Tensor"], Any]  # V (out, in) -> something with apply(x); None: nothing is left
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One weight's score, and the cosine that it comes from."""
+
+    name: str
+    score: float
+    cosine: float
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the record beside the result."""
+        return {"weight": self.name, "score": round(self.score, 6), "cosine": round(self.cosine, 6)}
+
+
+def fingerprints(run: Run, name: str) -> tuple[Path, Path, Path]:
+    """(tuned, aligned, base) folders. Raises ResafeError if one is not named."""
+    if run.tuned is None or run.aligned is None or run.base is None:
+        raise ResafeError(f"{name} needs three models: the fine-tuned one, --aligned and --base.")
+    return run.tuned, run.aligned, run.base
+
+
+def decide(run: Run, tuned: Path, aligned: Path, base: Path, operator: Operator, score: Callable[[Any, float], float]) -> list[Decision]:
+    """The score of every updated weight that alignment moved, by name. Raises ResafeError if there is none."""
+    from resafe.weights.alignment import Alignment
+
+    alignment = Alignment(aligned, base)
+    found = _of_adapter(alignment, tuned, operator, score) if is_adapter(tuned) else _of_checkpoint(run, alignment, tuned, operator, score)
+    if not found:
+        raise ResafeError(f"none of the weights that fine-tuning changed in {tuned} was moved by alignment: are {aligned} and {base} an aligned model and its base?")
+    return found
+
+
+def _of_adapter(alignment: Alignment, tuned: Path, operator: Operator, score: Callable[[Any, float], float]) -> list[Decision]:
+    from resafe.weights import wide
+    from resafe.weights.subspace import cosine
+
+    adapter = adapter_of(tuned, alignment.aligned.folder)
+    found = []
+    for name, module in adapted(adapter, alignment).items():
+        if (v := alignment.direction(name)) is None:
+            continue
+        made = operator(v)
+        b, a = wide(adapter.finite(module.b)).to(v.dtype), wide(adapter.finite(module.a)).to(v.dtype)
+        at = cosine(made.apply(b), b, a)
+        found.append(Decision(name, score(made, at), at))
+    return found
+
+
+def _of_checkpoint(run: Run, alignment: Alignment, tuned: Path, operator: Operator, score: Callable[[Any, float], float]) -> list[Decision]:
+    from resafe.weights import Checkpoint, Pair, wide
+    from resafe.weights.subspace import cosine
+
+    pair = Pair(Checkpoint(tuned), alignment.aligned, run.log)
+    names = set(alignment.matrices())
+    found = []
+    for twin in pair.twins:
+        if twin.aligned not in names or (v := alignment.direction(str(twin.aligned))) is None:
+            continue
+        d = wide(pair.tuned.finite(twin.tuned)) - wide(pair.aligned.finite(str(twin.aligned)))
+        if not bool(d.any()):
+            continue
+        d = d.T if alignment.turned(str(twin.aligned)) else d
+        made = operator(v)
+        at = cosine(made.apply(d), d)
+        found.append(Decision(twin.name, score(made, at), at))
+    return found
+
+
+def apply_to_adapter(
+    run: Run, tuned: Path, aligned: Path, base: Path, chosen: set[str], operator: Operator, file: str, about: Mapping[str, Any]
+) -> Path:
+    """B <- operator(V) B in the chosen modules; A, and all other modules, stay bit for bit."""
+    from resafe.weights import wide, write_adapter
+    from resafe.weights.alignment import Alignment
+
+    alignment, adapter = Alignment(aligned, base), adapter_of(tuned, aligned)
+    tensors = {name: adapter.finite(name) for name in adapter.names()}
+    for name, module in adapted(adapter, alignment).items():
+        if name in chosen:
+            v = alignment.direction(name)
+            assert v is not None
+            b = tensors[module.b]
+            tensors[module.b] = edited(operator(v), wide(b).to(v.dtype)).to(b.dtype)
+    config = {**adapter.config, "base_model_name_or_path": str(base_of(tuned).absolute())}
+    return _recorded(write_adapter(tuned, run.output, config, tensors), file, about)
+
+
+def apply_to_checkpoint(
+    run: Run, tuned: Path, aligned: Path, base: Path, chosen: set[str], operator: Operator, file: str, about: Mapping[str, Any]
+) -> Path:
+    """W <- W_aligned + operator(V) (W - W_aligned) in the chosen weights; everything else stays as fine-tuned."""
+    from resafe.weights import Checkpoint, Pair, write_checkpoint
+    from resafe.weights.alignment import Alignment
+
+    alignment = Alignment(aligned, base)
+    pair = Pair(Checkpoint(tuned), alignment.aligned, run.log)
+
+    def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
+        if twin.name not in chosen:
+            return ours
+        turned = alignment.turned(str(twin.aligned))
+        v = alignment.direction(str(twin.aligned))
+        assert v is not None
+        d = (ours - theirs).T if turned else ours - theirs
+        kept = edited(operator(v), d)
+        return theirs + (kept.T if turned else kept)
+
+    return _recorded(write_checkpoint(tuned, run.output, pair.edit(rule), config=pair.config), file, about)
+
+
+def edited(operator: Any, x: Tensor) -> Tensor:
+    """operator x, or nothing at all."""
+    import torch
+
+    return torch.zeros_like(x) if operator is None else operator.apply(x)
+
+
+def adapted(adapter: Adapter, alignment: Alignment) -> dict[str, Module]:
+    """The adapter's modules by the name of their weight in the aligned model, joined by name; embeddings are left out."""
+    from resafe.weights import translate
+
+    weights = {f"{name}.weight": module for name, module in adapter.modules.items() if not module.vocabulary}
+    there = translate(weights, alignment.aligned.names())
+    matrices = set(alignment.matrices())
+    return {there[n]: module for n, module in sorted(weights.items()) if there.get(n) in matrices}
+
+
+def adapter_of(tuned: Path, aligned: Path) -> Adapter:
+    """The adapter in `tuned`, refused unless its base is `aligned`: its update is relative to that model."""
+    from resafe.weights import Adapter, Checkpoint, check_copies, same_weights
+
+    adapter = Adapter(tuned)
+    base, model = base_of(tuned), Checkpoint(aligned)
+    if base.resolve() != aligned.resolve() and not same_weights(Checkpoint(base), model):
+        raise ResafeError(
+            f"the adapter {tuned} was trained on {base}, whose weights are not those of {aligned}: name that base with --aligned, "
+            "or merge the adapter into it and restore the full checkpoint."
+        )
+    check_copies(model, adapter)
+    return adapter
+
+
+def _recorded(folder: Path, file: str, about: Mapping[str, Any]) -> Path:
+    write_json(folder / file, about)
+    return folder

@@ -1,0 +1,148 @@
+"""Add back the direction from an unaligned model to the aligned one: safety as a task vector.
+
+RESTA, Bhardwaj et al. 2024, arXiv 2402.11746; DARE, Yu et al. 2023, arXiv 2311.03099
+
+W = W_aligned + DARE(W_tuned - W_aligned) + strength (W_aligned - W_unaligned). The unaligned model is the aligned one after
+fine-tuning on harmful data, not the pre-trained base; `unaligned=base` takes the base all the same, as a weaker proxy that needs no
+harmful data. `unaligned` may be a LoRA adapter of the aligned model: then a LoRA fine-tune stays an adapter, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from resafe.errors import ResafeError
+from resafe.files import check_free
+from resafe.mitigation import Mitigation, Needs, Run
+from resafe.mitigations._updates import adapter_of
+from resafe.models import base_of, is_adapter
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from resafe.weights import Twin
+
+
+Vector = Callable[[str, Any], Any]  # name of a weight, W_aligned -> W_aligned - W_unaligned, or None
+
+
+class Resta(Mitigation):
+    """`unaligned` is a folder (full checkpoint or adapter of the aligned model), or "base" with --base."""
+
+    needs: ClassVar[Needs] = Needs(aligned=True)
+
+    unaligned: str = Field("base", description="folder of the model after harmful fine-tuning, or 'base': the weaker proxy")
+    strength: float = Field(1.0, allow_inf_nan=False, description="how much of the safety vector is added")
+    drop: float = Field(0.0, ge=0, lt=1, description="DARE: share of the fine-tuning update's entries that are dropped, the rest rescaled; full checkpoints only")
+
+    def check(self, name: str, run: Run) -> None:
+        """Also refuse an unaligned model that is not there, and DARE on an adapter."""
+        super().check(name, run)
+        if self.unaligned == "base" and run.base is None:
+            raise ResafeError(f"{name} needs an unaligned model: name its folder ({name}:unaligned=FOLDER), or the model before alignment with --base.")
+        if self.unaligned != "base" and not Path(self.unaligned).is_dir():
+            raise ResafeError(f"{name}: no such model folder: {self.unaligned}")
+        if run.tuned is not None and is_adapter(run.tuned):
+            if self.drop:
+                raise ResafeError(f"{name}: drop takes entries out of the update, which is then no LoRA any more: merge the adapter first, or use drop=0.")
+            if self.unaligned == "base" or not is_adapter(Path(self.unaligned)):
+                raise ResafeError(f"{name}: a LoRA fine-tune needs an unaligned model that is a LoRA of the same aligned model; or merge the adapter first.")
+
+    def repair(self, run: Run) -> Path:
+        """Write the repaired checkpoint or adapter to `run.output`."""
+        check_free(run.output)
+        tuned, aligned = run.tuned, run.aligned
+        if tuned is None or aligned is None:
+            raise ResafeError("resta needs the fine-tuned model and the one before fine-tuning (--aligned).")
+        if self.unaligned == "base":
+            run.log("resta: the pre-trained base stands in for an unaligned model; expect less of it")
+        return self._adapter(run, tuned, aligned) if is_adapter(tuned) else self._checkpoint(run, tuned, aligned)
+
+    def _adapter(self, run: Run, tuned: Path, aligned: Path) -> Path:
+        """dW = dW_tuned - strength dW_unaligned, since both are updates of the aligned model."""
+        import tempfile
+
+        from resafe.weights import concat, rescale
+
+        home = str(base_of(tuned).absolute())
+        run.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=run.output.absolute().parent, prefix=f".{run.output.name}.parts-") as parts:
+            away = rescale(adapter_of(Path(self.unaligned), aligned), -self.strength, Path(parts) / "away", base=home)
+            return concat(adapter_of(tuned, aligned), away, run.output, base=home)
+
+    def _checkpoint(self, run: Run, tuned: Path, aligned: Path) -> Path:
+        from resafe.weights import Checkpoint, Pair, write_checkpoint
+
+        pair = Pair(Checkpoint(tuned), Checkpoint(aligned), run.log)
+        vector = self._vector(run, aligned)
+
+        def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
+            made = ours - theirs
+            if self.drop:
+                made = dare(made, self.drop, _generator(run.seed, twin.name))
+            safety = vector(str(twin.aligned), theirs)
+            return theirs + made if safety is None else theirs + made + self.strength * safety
+
+        return write_checkpoint(tuned, run.output, pair.edit(rule), config=pair.config)
+
+    def _vector(self, run: Run, aligned: Path) -> Vector:
+        """name, W_aligned -> W_aligned - W_unaligned; None where the unaligned model does not differ or has no such tensor."""
+        from resafe.weights import Checkpoint, counterparts, wide
+
+        folder = run.base if self.unaligned == "base" else Path(self.unaligned)
+        assert folder is not None
+        if is_adapter(folder):
+            return _adapter_vector(folder, aligned)
+        model = Checkpoint(folder).plain()
+        there = counterparts(Checkpoint(aligned).names(), model)
+
+        def full(name: str, theirs: Tensor) -> Tensor | None:
+            if name not in there:
+                return None
+            other = wide(model.finite(there[name])).to(theirs.dtype)
+            if other.shape[1:] != theirs.shape[1:]:
+                raise ResafeError(f"tensor {name} has shape {list(theirs.shape)} in {aligned} and {list(other.shape)} in {folder}: these are different architectures.")
+            if other.shape == theirs.shape:
+                return theirs - other
+            rows = min(len(other), len(theirs))  # a vocabulary that one of them has grown
+            found = theirs - theirs
+            found[:rows] = theirs[:rows] - other[:rows]
+            return found
+
+        return full
+
+
+def _adapter_vector(folder: Path, aligned: Path) -> Vector:
+    """W_aligned - W_unaligned = -s B A, laid out as the weight is."""
+    from resafe.weights import Checkpoint, counterparts
+    from resafe.weights._merge import _oriented
+
+    adapter, model = adapter_of(folder, aligned), Checkpoint(aligned)
+    weights = {f"{name}.weight": module for name, module in adapter.modules.items()}
+    modules = {there: weights[name] for name, there in counterparts(weights, model).items()}
+
+    def thin(name: str, theirs: Tensor) -> Tensor | None:
+        return -_oriented(model, adapter, modules[name], theirs) if name in modules else None
+
+    return thin
+
+
+def dare(update: Tensor, p: float, generator: Generator) -> Tensor:
+    """Drop entries with probability `p` and divide the rest by 1 - p, which leaves the expectation as it was (DARE)."""
+    import torch
+
+    kept = torch.rand(update.shape, generator=generator) >= p
+    return update * kept / (1 - p)
+
+
+def _generator(seed: int, name: str) -> Generator:
+    """A generator of the weight's own, so that the mask does not depend on the order of the weights."""
+    import hashlib
+
+    import torch
+
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1)
