@@ -119,14 +119,14 @@ class Resta(Mitigation):
 def _adapter_vector(folder: Path, aligned: Path) -> Vector:
     """W_aligned - W_unaligned = -s B A, laid out as the weight is."""
     from resafe.weights import Checkpoint, counterparts
-    from resafe.weights._merge import _oriented
+    from resafe.weights._merge import oriented
 
     adapter, model = adapter_of(folder, aligned), Checkpoint(aligned)
     weights = {f"{name}.weight": module for name, module in adapter.modules.items()}
     modules = {there: weights[name] for name, there in counterparts(weights, model).items()}
 
     def thin(name: str, theirs: Tensor) -> Tensor | None:
-        return -_oriented(model, adapter, modules[name], theirs) if name in modules else None
+        return -oriented(model, adapter, modules[name], theirs) if name in modules else None
 
     return thin
 

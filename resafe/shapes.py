@@ -50,9 +50,12 @@ def shape_of(example: Mapping[str, Any]) -> Shape | None:
 
 
 def read(example: Mapping[str, Any], shape: Shape) -> Row:
-    """A row of `shape` as `{"messages": ...}` (and `rejected`), unchecked: what a trainer accepts is not judged here."""
+    """A row of `shape` as `{"messages": ...}` (and `rejected`). Roles and turns are not judged here: trainers accept many.
+
+    Raises ResafeError for a row without texts where texts belong.
+    """
     if shape.preference:
-        prompt = _turns(example.get("prompt") or [], "user")
+        prompt = _turns(example["prompt"], "user") if example.get("prompt") else []
         chosen, rejected = (_turns(example[k], "assistant") for k in ("chosen", "rejected"))
         if not prompt:
             prompt, chosen, rejected = _common(chosen, rejected)
@@ -60,7 +63,7 @@ def read(example: Mapping[str, Any], shape: Shape) -> Row:
     if shape.name in ("messages", "conversations"):
         return {"messages": _turns(example[shape.name], "user")}
     if shape.name == "text":
-        return {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": example["text"]}]}
+        return {"messages": [{"role": "user", "content": ""}, *_turns(example["text"], "assistant")]}
     head, tail = shape.keys[:2]
     prompt = _turns(example[head], "user")
     if extra := example.get("input") if head == "instruction" else None:
@@ -132,10 +135,14 @@ def _turns(value: Any, role: str) -> list[Message]:
     """Messages of a text (by `role`) or of a list of messages in either notation; only role and text are kept."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ResafeError(f"a text or a list of messages is expected; found {str(value)[:40]!r}.")
     return [_message(m) for m in value]
 
 
-def _message(value: Mapping[str, Any]) -> Message:
+def _message(value: Any) -> Message:
+    if not isinstance(value, Mapping) or not ({"role", "content"} <= set(value) or {"from", "value"} <= set(value)):
+        raise ResafeError(f"a message needs a role and a content; found {str(value)[:40]!r}.")
     role = str(value["from"] if "from" in value else value["role"])
     content = value["value"] if "value" in value else value["content"]
     return {"role": FROM.get(role, role), "content": content if isinstance(content, str) else _text(content)}

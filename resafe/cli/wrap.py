@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COMMAND = {"allow_interspersed_args": False}  # what follows the first word of the command is the command's
 command = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 mix_mode = click.option("--mix-mode", envvar="RESAFE_MIX_MODE", type=click.Choice(["append", "replace"]), help="mix_safety: more rows and steps, or as many as before.")
-kept = click.option("--receipts", type=options.FOLDER, help="Keep the receipts in this new folder; over several machines, a shared one.")
+kept = click.option("--receipts", type=options.FOLDER, help="Keep the receipts in this new folder; a shared one where the command starts processes on other machines.")
 
 
 def _flags(function: Callable[..., Any]) -> Callable[..., Any]:

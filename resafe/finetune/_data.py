@@ -41,6 +41,7 @@ class TrainData:
     max_length: int | None
     policy: str = "all"
     notes: list[str] = field(default_factory=list)
+    cut: int = 0  # new rows whose answers were cut off
 
     @property
     def preference(self) -> bool:
@@ -61,6 +62,7 @@ class TrainData:
             return self._filled(self._raw(row))
         tokens = self.encoder.encode(row)
         n = self.max_length or len(tokens.ids)
+        self.cut += not any(tokens.assistant[:n])
         known = {
             "input_ids": tokens.ids, "attention_mask": [1] * len(tokens.ids), "assistant_masks": tokens.assistant,
             "completion_mask": [int(i >= tokens.start) for i in range(len(tokens.ids))],
@@ -88,6 +90,7 @@ class TrainData:
             return self._filled(good.whole)
         bad = self.encoder.encode({"messages": [*row["messages"][:-1], {"role": "assistant", "content": row["rejected"]}]})
         start = min(good.start, bad.start)
+        self.cut += self.max_length is not None and start >= self.max_length
         if names == PAIRWISE:
             known: Example = {}
             for side, tokens in (("chosen", good), ("rejected", bad)):
@@ -114,23 +117,18 @@ class TrainData:
         assert not isinstance(made, int)
         return made
 
-    def mixed(self, mixture: Mixture) -> tuple[Any, int, int | None]:
-        """(the data set to train on, its rows, its tokens)."""
+    def mixed(self, mixture: Mixture) -> tuple[Any, list[int | Example], int | None]:
+        """(the data set to train on, its rows as indexes of the user's and new ones, its tokens)."""
         added = [self.example(row) for row in mixture.added]
-        if "input_ids" in self.columns:
-            self._check_answers(added)
+        if self.cut:
+            raise ResafeError(f"{self.cut} of {len(added)} safety rows keep no answer within the trainer's {self.max_length} tokens a row: raise max_length.")
         own = iter(added)
         documents = [e if isinstance(e, int) else next(own) for e in mixture.entries]
         entries = self.layout.join(documents, self.examples)
         if "input_ids" not in self.columns:
-            return _like(self.dataset, entries), len(entries), None
+            return _like(self.dataset, entries), entries, None
         tokens = sum(self.examples.widths[e] if isinstance(e, int) else len(e["input_ids"]) for e in entries)
-        return _like(self.dataset, entries), len(entries), tokens
-
-    def _check_answers(self, added: Sequence[Example]) -> None:
-        gone = sum(1 for e in added if e.get("labels") is not None and all(v == _encode.IGNORED for v in e["labels"]))
-        if gone:
-            raise ResafeError(f"{gone} of {len(added)} safety rows keep no answer within the trainer's max_length={self.max_length}: raise it.")
+        return _like(self.dataset, entries), entries, tokens
 
 
 def refuse_unmixable(trainer: Any) -> None:
@@ -183,7 +181,7 @@ def _described(trainer: Any, dataset: Any, examples: Examples) -> TrainData:
     probes = documents.sample if tokenised or pairs in PREFERENCE else []
     encoder = _encode.find_encoder(trainer, tokenizer, raw, probes)
     data = TrainData(
-        dataset, documents, _rows(documents, raw, tokenizer), raw, columns, layout, encoder, tokenizer, _max_length(trainer),
+        dataset, documents, _rows(documents, raw, tokenizer), raw, columns, layout, encoder, tokenizer, layout.limit or _max_length(trainer),
         _encode.label_policy(documents.sample) if "labels" in columns else "all",
     )  # fmt: skip
     if raw and probes and not _encode.reproduces(encoder, probes[0], raw):
@@ -212,7 +210,7 @@ def _max_length(trainer: Any) -> int | None:
 def _rows(examples: Examples, shape: Shape | None, tokenizer: Any) -> list[Row]:
     """Rows as conversations: from their raw columns, else decoded, what is not trained on being the prompt."""
     if shape is not None:
-        return [_as_written(read(e, shape), tokenizer.eos_token) for e in examples.select(shape.keys)]
+        return [_read(i, e, shape, tokenizer.eos_token) for i, e in enumerate(examples.select(shape.keys))]
     names = _pairs(tuple(examples.sample[0]))
     rows: list[Row] = []
     for start in range(0, len(examples), BATCH):
@@ -244,6 +242,13 @@ def _first_trained(labels: Sequence[int]) -> int:
 def _pairs(columns: Sequence[str]) -> tuple[str, ...]:
     """The tokenised preference columns among `columns`, in the notation that they are in; () if there are none."""
     return next((names for names in (*PREFERENCE, PAIRWISE) if set(names) <= set(columns)), ())
+
+
+def _read(index: int, example: Example, shape: Shape, eos: str) -> Row:
+    try:
+        return _as_written(read(example, shape), eos)
+    except ResafeError as error:
+        raise ResafeError(f"training row {index}: {error}") from None
 
 
 def _as_written(row: Row, eos: str) -> Row:
@@ -324,7 +329,10 @@ def mixed_stream(dataset: Any, mixture: Mixture, example: Callable[[Row], Exampl
                     yield entry
 
     if isinstance(dataset, IterableDataset):
-        return IterableDataset.from_generator(rows, features=dataset.features)
+        kind = getattr(getattr(dataset, "_formatting", None), "format_type", None)
+        dataset = dataset.with_format(None)
+        mixed = IterableDataset.from_generator(rows, features=dataset.features)
+        return mixed.with_format(kind) if kind else mixed
 
     class Mixed(TorchStream):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[Example]:

@@ -22,6 +22,11 @@ class Layout:
 
     rebuilds = False  # whether the user's rows are written anew
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens that a document may have in this layout, where it sets a limit."""
+        return None
+
     def split(self, examples: Sequence[Example]) -> list[Example]:
         """The documents of the rows, in order; asked for only where the layout rebuilds."""
         return list(examples)
@@ -41,6 +46,10 @@ class Padded(Layout):
     length: int
     left: bool
     fill: dict[str, Any]
+
+    @property
+    def limit(self) -> int:
+        return self.length
 
     def join(self, documents: Sequence[int | Example], own: Sequence[Example]) -> list[int | Example]:
         return [d if isinstance(d, int) else self._padded(d) for d in documents]
@@ -62,6 +71,10 @@ class Packed(Layout):
     length: int
     columns: tuple[str, ...]  # token columns
     rebuilds = True
+
+    @property
+    def limit(self) -> int:
+        return self.length
 
     def split(self, examples: Sequence[Example]) -> list[Example]:
         documents = []
@@ -126,6 +139,10 @@ class Knapsack(Layout):
     parameters: dict[str, Any] | None
     others: tuple[str, ...]  # columns that are empty
     rebuilds = True
+
+    @property
+    def limit(self) -> int:
+        return self.width - 1
 
     def split(self, examples: Sequence[Example]) -> list[Example]:
         documents = []

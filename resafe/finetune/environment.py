@@ -29,7 +29,7 @@ def variables(
     """What to set for the training command, PYTHONPATH apart."""
     found = {RECEIPTS: str(receipts.absolute()), MITIGATION: shlex.join(mitigations), SEED: str(seed)}
     if safety_data:
-        found[SAFETY] = str(Path(safety_data).absolute()) if Path(safety_data).exists() else safety_data
+        found[SAFETY] = placed(safety_data)
     if mix_mode:
         found[MODE] = mix_mode
     if plan:
@@ -37,6 +37,11 @@ def variables(
     if task:
         found[TASK] = "1"
     return found
+
+
+def placed(safety_data: str) -> str:
+    """A name, or a file's absolute path, which means the same in every working folder."""
+    return str(Path(safety_data).absolute()) if Path(safety_data).exists() else safety_data
 
 
 def mitigations_of(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -114,7 +119,8 @@ def with_inject(path: str | None) -> str:
 
 def without_inject(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment as it was before `resafe run`: for repairs and for whatever must not be watched."""
-    found = {k: v for k, v in environ.items() if not k.startswith("RESAFE_") or k == "RESAFE_CACHE"}
+    ours = {RECEIPTS, MITIGATION, SAFETY, MODE, SEED, PLAN, TASK}
+    found = {k: v for k, v in environ.items() if k not in ours}
     rest = _others(found.pop("PYTHONPATH", None))
     return {**found, **({"PYTHONPATH": os.pathsep.join(rest)} if rest else {})}
 

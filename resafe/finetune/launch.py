@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,9 +114,11 @@ def plan(request: Request, log: Callable[[str], None]) -> tuple[int, dict[str, A
 def _nested(request: Request, named: Sequence[Named]) -> int:
     """Below another `resafe run`: the same mitigations are applied once, by the outer one; others are refused."""
     outer = with_mode(environment.mitigations_of(), os.environ.get(environment.MODE))
-    if [m.spec for m in outer] != [m.spec for m in named] or environment.seed_of() != request.seed:
+    safety = environment.placed(request.safety_data) if request.safety_data else None
+    same = [m.spec for m in outer] == [m.spec for m in named] and environment.seed_of() == request.seed
+    if not same or safety != os.environ.get(environment.SAFETY) or request.output or request.receipts:
         names = ", ".join(m.name for m in outer)
-        raise ResafeError(f"this command already runs below a resafe run with {names}: name all mitigations in that one, and leave this one out.")
+        raise ResafeError(f"this command already runs below a resafe run with {names}: name all mitigations and options in that one, and leave this one out.")
     return _supervised(request.command, dict(os.environ))
 
 
@@ -265,9 +269,10 @@ def exports(request: Request) -> str:
     request.check()
     if request.receipts is None:
         raise ResafeError("name a receipts folder that all processes of the job can write to (--receipts DIR).")
-    given: Mapping[str, str] = environment.variables(request.receipts, request.mitigations, request.safety_data, request.mix_mode, request.seed)
+    folder = request.receipts / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"  # never the receipts of another job
+    given: Mapping[str, str] = environment.variables(folder, request.mitigations, request.safety_data, request.mix_mode, request.seed)
     lines = [f"export {k}={shlex.quote(v)}" for k, v in given.items()]
     lines.append(f'mkdir -p "${RECEIPTS}"')
     lines.append(f'export PYTHONPATH={shlex.quote(str(environment.INJECT))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
-    lines.append(f"# after the job: resafe receipts {shlex.quote(str(request.receipts.absolute()))}   (exit code 3: not applied)")
+    lines.append(f'# after the job: resafe receipts "${RECEIPTS}"   (exit code 3: not applied)')
     return "\n".join(lines)

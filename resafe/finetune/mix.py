@@ -41,7 +41,7 @@ def mix_file(
     run = _run_for(named, safety_data, seed, log)
     if shape.preference:
         safety_for_preferences(run)
-    rows = [read(e, shape) for e in examples]
+    rows = _conversations(path, examples, shape)
     run.task = rows
     mixture = mix(named, run, rows)
     render = _renderer(path, shape, examples, tokenizer) if mixture.added else None
@@ -66,6 +66,16 @@ def _read(path: Path) -> tuple[list[Row], list[str], Shape]:
         if (found := shape_of(value)) is None or found.keys[:2] != first.keys[:2] or found.chat != first.chat:
             raise ResafeError(f"{path} line {number}: its keys are {', '.join(sorted(value)) or 'none'}, unlike the first row's ({first.name}): use one shape.")
     return [o[1] for o in objects], [o[2] for o in objects], first
+
+
+def _conversations(path: Path, examples: Sequence[Row], shape: Shape) -> list[Row]:
+    rows = []
+    for number, example in enumerate(examples, 1):
+        try:
+            rows.append(read(example, shape))
+        except ResafeError as error:
+            raise ResafeError(f"{path} row {number}: {error}") from None
+    return rows
 
 
 def _run_for(named: Sequence[Named], safety_data: str | None, seed: int, log: Callable[[str], None]) -> Run:

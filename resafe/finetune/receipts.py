@@ -73,24 +73,27 @@ def _never_applied(by: dict[str, list[Receipt]]) -> str | None:
 
 
 def _trainings(applied: Sequence[Receipt]) -> list[list[Receipt]]:
-    """Receipts of the same `Trainer.train()` call over all its ranks."""
-    groups: dict[Any, list[Receipt]] = defaultdict(list)
-    for r in applied:
+    """Receipts of the same `Trainer.train()` call over all its ranks; a rank that comes again belongs to another launch."""
+    groups: dict[Any, list[list[Receipt]]] = defaultdict(lambda: [[]])
+    for r in applied:  # by time
         if r["world"] == 1:
             key: Any = (r["host"], r["pid"], r["call"])
         else:  # ranks of one node have one parent; over several nodes only the rendezvous is common
-            key = (r["group"], r["attempt"], r["call"], r["ppid"] if r["local_world"] == r["world"] else None)
-        groups[key].append(r)
-    return list(groups.values())
+            key = (r["group"], r["attempt"], r["call"], r["world"], r["ppid"] if r["local_world"] == r["world"] else None)
+        if r["rank"] in {other["rank"] for other in groups[key][-1]}:
+            groups[key].append([])
+        groups[key][-1].append(r)
+    return [training for launches in groups.values() for training in launches]
 
 
 def _superseded(training: Sequence[Receipt], all_: Sequence[Sequence[Receipt]]) -> bool:
     """Whether a launcher started the same training again after a worker had died (torchrun --max-restarts)."""
-    here = training[0]
+    here, agents = training[0], {(r["host"], r["ppid"]) for r in training}
     return here["world"] > 1 and any(
-        t[0]["world"] == here["world"] and t[0]["group"] == here["group"] and t[0]["ppid"] == here["ppid"] and int(t[0]["attempt"]) > int(here["attempt"])
+        t[0]["world"] == here["world"] and t[0]["group"] == here["group"] and int(t[0]["attempt"]) > int(here["attempt"])
+        and agents & {(r["host"], r["ppid"]) for r in t}
         for t in all_
-    )
+    )  # fmt: skip
 
 
 def _incomplete(training: Sequence[Receipt], finished: Sequence[Receipt]) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 from resafe import manifest
 from resafe.errors import ResafeError
 from resafe.finetune import _data, _hooks, _plan, _run, environment
-from resafe.finetune._blend import Blend, blend
+from resafe.finetune._blend import Blend, Proof, blend
 from resafe.finetune._saves import Record, watch_saves
 from resafe.finetune.inject._resafe_start import explained, receipt
 from resafe.finetune.mixture import Mixture, mix_unread, with_mode
@@ -29,6 +29,7 @@ from resafe.safety import SafetyRows
 
 IN_PROCESS = ("data", "params", "loss", "step")
 COLLATED = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths")
+LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID")  # what the ranks of one launch have in common
 _calls = itertools.count()  # trainings of this process, in order: the same on every rank
 
 
@@ -62,8 +63,9 @@ def attach(
         raise ResafeError(f"{late[0].name} acts on the saved checkpoint: train first, then resafe repair FOLDER --mitigation {late[0].name} -o OUT.")
     safety = _run.safety_for(named, safety_data)
     guard = _run.guard_entry(Run(output=Path(trainer.args.output_dir), seed=seed), named)
-    _check_nested(named)
-    session = Session(trainer, Settings(named, safety, seed, guard), log or _say(trainer))
+    settings = Settings(named, safety, seed, guard)
+    _check_nested(settings)
+    session = Session(trainer, settings, log or _say(trainer))
     session.apply()
     trainer._resafe_session = session
     if not environment.watched():  # else the wrap of the class finds the session
@@ -77,7 +79,7 @@ def session_of(trainer: Any) -> Session:
     if found is None:
         found = trainer._resafe_session = Session(trainer, environment.settings(), _say(trainer))
     elif not environment.planning():
-        _check_nested(found.settings.named)
+        _check_nested(found.settings)
     return found
 
 
@@ -93,9 +95,13 @@ def adopt(trainer: Any, settings: Settings, run: Run, mixture: Mixture) -> None:
     session.change()
 
 
-def _check_nested(named: Sequence[Named]) -> None:
+def _check_nested(settings: Settings) -> None:
     """Under `resafe run`, `attach` must apply what that run says."""
-    if environment.watched() and [m.spec for m in _inside(environment.settings().named)] != [m.spec for m in _inside(named)]:
+    if not environment.watched():
+        return
+    outer = environment.settings()
+    same = [m.spec for m in _inside(outer.named)] == [m.spec for m in _inside(settings.named)] and outer.seed == settings.seed
+    if not same or (outer.safety and outer.safety.sha256) != (settings.safety and settings.safety.sha256):
         raise ResafeError("this script runs under resafe run with other mitigations than it attaches; name all of them in one place.")
 
 
@@ -124,6 +130,7 @@ class Session:
         self.facts: dict[str, Any] = {}
         self.overlap: dict[str, list[str]] = {}
         self.applied_to: Any = None  # the data set that was put into the trainer
+        self.proof: Proof | None = None  # a row that the data loader must give
         self.changed = False  # params, loss and step act once on a trainer
         self.record = Record(writes=trainer.args.process_index == 0)
         safety = settings.safety
@@ -159,7 +166,7 @@ class Session:
     def apply(self) -> None:
         """Mix the data and change the model; a second call does what is not done yet (another data set was put in)."""
         trainer, named = self.trainer, self.settings.named
-        for m in named:
+        for m in _inside(named):  # what acts afterwards was checked before the command, with all that it is given
             m.mitigation.check(m.name, self.run)
         if self.applied_to is None or trainer.train_dataset is not self.applied_to:
             self._mix_data([m for m in named if "data" in m.mitigation.hooks()])
@@ -173,6 +180,7 @@ class Session:
         self.changed = True
         trainer, inside = self.trainer, _inside(self.settings.named)
         watch_saves(trainer, self.record)
+        self._watch_loader()
         for m in inside:
             if "params" in m.mitigation.hooks():
                 self._params(m)
@@ -181,6 +189,23 @@ class Session:
         for m in inside:
             if "step" in m.mitigation.hooks():
                 _hooks.own_step(trainer, self.run, m, self._safety_batches())
+
+    def _watch_loader(self) -> None:
+        """Refuse to train where the script's own data loader does not read the mixture."""
+        trainer, original = self.trainer, self.trainer.get_train_dataloader
+
+        @functools.wraps(original)
+        def get_train_dataloader(*args: Any, **kwargs: Any) -> Any:
+            loader = original(*args, **kwargs)
+            with explained():
+                if self.proof is not None and not self.proof.holds(getattr(loader, "dataset", None)):
+                    raise ResafeError(
+                        f"{type(trainer).__name__}.get_train_dataloader does not read trainer.train_dataset, so the mixture would not be trained on: "
+                        "let it read that, or mix the file (resafe mix)."
+                    )
+            return loader
+
+        trainer.get_train_dataloader = get_train_dataloader
 
     def about(self, before: int | None) -> dict[str, Any]:
         """What is known before anything is mixed; `before` are the user's rows."""
@@ -212,7 +237,7 @@ class Session:
         """Remember a mixture and the data set that it became."""
         if not self.facts:
             self.facts = self.about(made.facts["rows_before"])
-        self.mixture, self.applied_to, self.overlap = made.mixture, dataset, made.overlap
+        self.mixture, self.applied_to, self.overlap, self.proof = made.mixture, dataset, made.overlap, made.proof
         self.facts.update(made.facts, steps=_plan.steps(self.trainer, made.facts["rows"]))
 
     def _stream(self, mixing: Sequence[Named]) -> None:
@@ -224,6 +249,8 @@ class Session:
             raise ResafeError("the training data is a stream and max_steps is not set, so the share of safety rows cannot be kept: set max_steps.")
         n = args.max_steps * _plan.rows_per_step(trainer)
         stream = trainer.train_dataset
+        if iter(stream) is stream:
+            raise ResafeError("the training stream can be read once only, and its first rows must be looked at: give the trainer an IterableDataset.")
         sample = list(itertools.islice(iter(stream), 32))
         if not sample:
             raise ResafeError("the training stream is empty.")
@@ -283,8 +310,8 @@ class Session:
     def _place(self) -> dict[str, Any]:
         args, env = self.trainer.args, os.environ
         return {
-            "rank": args.process_index, "world": args.world_size, "local_world": int(env.get("LOCAL_WORLD_SIZE", args.world_size)),
-            "attempt": env.get("TORCHELASTIC_RESTART_COUNT", "0"), "group": f"{env.get('MASTER_ADDR', '')}:{env.get('MASTER_PORT', '')}",
+            "rank": args.process_index, "world": args.world_size, "local_world": int(env.get("LOCAL_WORLD_SIZE", "0")),
+            "attempt": env.get("TORCHELASTIC_RESTART_COUNT", "0"), "group": ":".join(env.get(k, "") for k in LAUNCH),
         }  # fmt: skip
 
     def entry(self) -> dict[str, Any]:

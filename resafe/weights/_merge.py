@@ -59,11 +59,11 @@ def _merged(
     for name, (source, module) in sorted(places.items()):
         weight = model.finite(source)
         if module is not None:
-            weight = (wide(weight) + _oriented(model, update, module, weight)).to(weight.dtype)
+            weight = (wide(weight) + oriented(model, update, module, weight)).to(weight.dtype)
         yield name, weight
 
 
-def _oriented(model: Checkpoint, update: Adapter, module: Module, weight: Tensor) -> Tensor:
+def oriented(model: Checkpoint, update: Adapter, module: Module, weight: Tensor) -> Tensor:
     """dW laid out as `weight` is; shapes decide, and the architecture where the matrix is square."""
     delta = update.delta(module)
     fits, turned = delta.shape == weight.shape, delta.T.shape == weight.shape

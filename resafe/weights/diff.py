@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from resafe.errors import ResafeError
 from resafe.models import base_of, is_adapter
+from resafe.weights._merge import oriented
 from resafe.weights._shards import wide
 from resafe.weights.alignment import Alignment
 from resafe.weights.checkpoint import Checkpoint
@@ -82,8 +83,8 @@ def _adapter(aligned: Path, tuned: Path) -> Iterator[tuple[str, str, Tensor, Ten
     for name, module in sorted(weights.items()):
         if name not in there:
             raise ResafeError(f"{aligned} has no tensor {name}, which {tuned} adapts: is this its base?")
-        d, w = adapter.delta(module), wide(model.finite(there[name]))
-        yield there[name], there[name], d if d.shape == w.shape else d.T, w
+        w = wide(model.finite(there[name]))
+        yield there[name], there[name], oriented(model, adapter, module, w), w
 
 
 def stable_rank(d: Tensor, rounds: int = 100) -> float:

@@ -73,7 +73,7 @@ def low_rank(v: Tensor, k: int) -> Tensor:
 
 
 def cosine(x: Tensor, y: Tensor, a: Tensor | None = None) -> float:
-    """Cosine of vec(x a) and vec(y a), or of x and y; 1 where one of them is zero.
+    """Cosine of vec(x a) and vec(y a), or of x and y; 1 where y is zero, 0 where only x is.
 
     Through r x r Gram matrices for factors: <x a, y a> = sum((x^T y) * (a a^T)).
     """
@@ -83,5 +83,7 @@ def cosine(x: Tensor, y: Tensor, a: Tensor | None = None) -> float:
         product = p * q if gram is None else (p.T @ q) * gram
         return float(product.sum())
 
-    norms = inner(x, x) * inner(y, y)
-    return inner(x, y) / norms**0.5 if norms > 0 else 1.0
+    of_x, of_y = inner(x, x), inner(y, y)
+    if of_x <= 0 or of_y <= 0:
+        return 1.0 if of_y <= 0 else 0.0
+    return float(inner(x, y) / (of_x * of_y) ** 0.5)

@@ -83,7 +83,7 @@ def test_installing_resafe_changes_no_pin(name: str, environments: dict[str, Pat
     ("program", "data", "more", "before", "after"),
     [
         ("plain_trainer", "messages", [], 10, 100), ("trl_sft", "messages", [], 10, 100), ("trl_sft", "turns", [], 10, 100),
-        ("trl_sft", "messages", ["--packing", "bfd", "--epochs", 15], 3, 25), ("trl_sft", "messages", ["--lora", "--lr", 3e-3, "--epochs", 15], 10, 100),
+        ("trl_sft", "messages", ["--packing", "bfd", "--epochs", 15], 3, 25), ("trl_sft", "messages", ["--lora", "--lr", 3e-3, "--epochs", 25], 10, 100),
     ],
 )  # fmt: skip
 def test_scripts_on_older_versions(

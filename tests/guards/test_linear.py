@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_a_toy_grammar_is_told_apart_on_unseen_pairs(guard: LinearGuard) -> None
 
 def test_the_same_rows_give_the_same_file_in_another_process(guard: LinearGuard, tmp_path: Path) -> None:
     code = "import sys, toy; from resafe.guards.linear import LinearGuard; LinearGuard.fit(toy.split()[0]).save(sys.argv[1])"
-    env = {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{Path(toy.__file__).parent}:{Path(__file__).parents[2]}"}
+    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": f"{Path(toy.__file__).parent}:{Path(__file__).parents[2]}"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "b.safetensors")], check=True, env=env)
     assert guard.save(tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 

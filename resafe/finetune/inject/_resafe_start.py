@@ -41,11 +41,19 @@ def start() -> None:
     """Once per process: say that it is watched, and wait for `transformers.trainer`."""
     if not os.environ.get(RECEIPTS) or any(isinstance(f, _Finder) for f in sys.meta_path):
         return
-    receipt("bootstrap", executable=sys.executable, argv0=sys.argv[0] if getattr(sys, "argv", None) else "")
     if MODULE in sys.modules:
         patch(sys.modules[MODULE])
     else:
         sys.meta_path.insert(0, _Finder())
+    _told("bootstrap", executable=sys.executable, argv0=sys.argv[0] if getattr(sys, "argv", None) else "")
+
+
+def _told(event: str, **facts: Any) -> None:
+    """`receipt` where a folder that cannot be written to must not stop start-up: `applied` will fail on it, and loudly."""
+    try:
+        receipt(event, **facts)
+    except OSError as error:
+        sys.stderr.write(f"resafe: no receipt can be written to {os.environ.get(RECEIPTS)}: {error.strerror}\n")
 
 
 def patch(module: Any) -> None:
@@ -55,7 +63,7 @@ def patch(module: Any) -> None:
         return
     trainer.train = _wrapped_train(trainer.train)
     trainer.save_model = _wrapped_save(trainer.save_model)
-    receipt("patched")
+    _told("patched")
 
 
 def _wrapped_train(original: Any) -> Any:
@@ -99,7 +107,7 @@ class explained:
 
             traceback.print_exception(kind, error, trace)
             reason = f"{kind.__name__}: {reason}"
-        receipt("failed", reason=reason)
+        _told("failed", reason=reason)
         sys.stderr.write(f"resafe: the mitigation was NOT applied: {reason}\n")
         sys.stderr.flush()
         raise SystemExit(EXIT_NOT_APPLIED) from error

@@ -9,8 +9,6 @@ _here = _os.path.dirname(_os.path.abspath(__file__))
 
 import _resafe_start  # noqa: E402  (beside this file, which is on the path)
 
-_resafe_start.start()
-
 
 def _chain() -> None:
     """Run the sitecustomize that this one hides, as if it had been found."""
@@ -23,4 +21,7 @@ def _chain() -> None:
     spec.loader.exec_module(module)
 
 
-_chain()
+try:
+    _resafe_start.start()
+finally:
+    _chain()
