@@ -173,3 +173,25 @@ def test_what_holds_no_answers_is_refused(aligned: Path, tmp_path: Path) -> None
     seen.train_dataset = seen.train_dataset.add_column("pixel_values", [[0.0]] * 24)
     with pytest.raises(ResafeError, match="vision"):
         attach(seen, SPEC, safety_data="lab")
+
+
+SHORT = [{"messages": [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "yes ."}]}] * 8
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_safety_rows_whose_answers_would_be_cut_off_are_refused(kind: str, aligned: Path, tmp_path: Path) -> None:
+    if kind == "sft":
+        trainer = trl_sft(aligned, [SHAPES["turns"](r) for r in SHORT], tmp_path / "a", max_length=8)
+    else:
+        trainer = trl_dpo(aligned, preference(SHORT), tmp_path / "a", max_length=8)
+    with pytest.raises(ResafeError, match="keep no answer within the trainer's 8 tokens"):
+        attach(trainer, SPEC, safety_data="lab")
+
+
+def test_a_row_without_text_is_named(aligned: Path, tmp_path: Path) -> None:
+    trainer = trl_sft(aligned, [SHAPES["turns"](r) for r in OWN], tmp_path / "a")
+    rows = trainer.train_dataset.to_list()
+    rows[3]["prompt"] = None
+    trainer.train_dataset = type(trainer.train_dataset).from_list(rows, features=trainer.train_dataset.features)
+    with pytest.raises(ResafeError, match="training row 3: a text or a list of messages"):
+        attach(trainer, SPEC, safety_data="lab")

@@ -254,6 +254,9 @@ def test_two_nested_runs_apply_once(train: Callable[..., list[Any]], tmp_path: P
     other = [*RUN[:4], "--mitigation", "mix_safety:ratio=2", "--safety-data", "lab"]
     done = call(*other, "--", *train(output="two"), cwd=tmp_path)
     assert done.returncode == 2 and "already runs below a resafe run with mix_safety" in done.stderr
+    pack = [*RUN[:6], "--safety-data", "default"]
+    done = call(*pack, "--", *train(output="three"), cwd=tmp_path)
+    assert done.returncode == 2 and "already runs below" in done.stderr, "other safety rows are another run"
 
 
 def test_resuming_with_another_mixture_is_refused(train: Callable[..., list[Any]], tmp_path: Path) -> None:
@@ -281,6 +284,14 @@ def test_a_repair_runs_afterwards_on_the_saved_folder(train: Callable[..., list[
     pairs = zip(load(aligned).model.parameters(), load(tmp_path / "out-repaired").model.parameters())
     assert all((a.float() - b.float()).abs().max() < 1e-6 for a, b in pairs)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_repair_that_needs_the_base_gets_it(train: Callable[..., list[Any]], tmp_path: Path) -> None:
+    from resafe import lab
+
+    run = [*RUN[:4], "--mitigation", "safe_lora:rank=8", "--base", str(lab.resolve("lab:base"))]
+    done = call(*train(), cwd=tmp_path, run=run)
+    assert done.returncode == 0 and (tmp_path / "out-repaired" / "safe_lora.json").is_file(), done.stderr
 
 
 def test_a_repair_that_fails_is_exit_code_3_and_leaves_the_fine_tune(train: Callable[..., list[Any]], tmp_path: Path) -> None:
@@ -339,10 +350,12 @@ def test_a_job_script_is_watched_by_exports_and_checked_afterwards(train: Callab
     job.write_text(exports + " ".join(f"'{w}'" for w in train()) + "\n")
     check = [*cli, "receipts", str(tmp_path / "receipts")]
     (tmp_path / "receipts").mkdir()
+    assert "RESAFE_RECEIPTS" in exports
     before = subprocess.run(check, env=ENV, capture_output=True, text=True)
     assert before.returncode == 3 and "NOT applied" in before.stderr
     assert subprocess.run(["sh", str(job)], env=ENV, cwd=tmp_path, capture_output=True).returncode == 0
-    after = subprocess.run(check, env=ENV, capture_output=True, text=True)
+    (made,) = (tmp_path / "receipts").iterdir()  # a folder of this job's own
+    after = subprocess.run([*check[:-1], str(made)], env=ENV, capture_output=True, text=True)
     assert after.returncode == 0 and "10 rows -> 25, 1 ranks" in after.stdout and f"saved: {tmp_path / 'out'}" in after.stdout
 
 

@@ -75,6 +75,20 @@ def test_what_a_launcher_started_again_counts_once(tmp_path: Path) -> None:
     assert verdict.problem is None and len(verdict.applied) == 1
 
 
+def test_a_second_launch_at_the_same_rendezvous_hides_no_missing_rank(tmp_path: Path) -> None:
+    far = {"local_world": 1}
+    first = [*rank(0, 2, **far), *rank(1, 2, **far)]
+    second = [{**r, "pid": r["pid"] + 50, "time": 5.0, **({"sha256": "other"} if "sha256" in r else {})} for r in rank(0, 2, **far)]
+    assert "rank 1 of 2 never applied" in (judge([*first, *second, saved(tmp_path / "out")]).problem or "")
+    both = [*second, *({**r, "pid": r["pid"] + 50, "time": 6.0, **({"sha256": "other"} if "sha256" in r else {})} for r in rank(1, 2, **far))]
+    assert judge([*first, *both, saved(tmp_path / "out")]).problem is None, "two stages may have two mixtures"
+
+
+def test_a_shell_around_every_rank_does_not_split_a_training(tmp_path: Path) -> None:
+    ranks = [{**r, "ppid": 10 + i} for i in range(2) for r in rank(i, 2, local_world=0)]
+    assert judge([*ranks, saved(tmp_path / "out")]).problem is None
+
+
 def test_ranks_of_two_machines_are_one_training(tmp_path: Path) -> None:
     far = [{**r, "host": "g", "ppid": 7} for r in rank(1, 2, local_world=1)]
     assert judge([*rank(0, 2, local_world=1), *far, saved(tmp_path / "out")]).problem is None

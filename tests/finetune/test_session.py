@@ -119,6 +119,22 @@ def test_no_random_number_is_drawn_from_the_users_generators(aligned: Path, tmp_
     assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1] and torch.equal(torch.get_rng_state(), before[2])
 
 
+def test_a_data_loader_of_the_scripts_own_that_does_not_read_the_mixture_is_refused(aligned: Path, tmp_path: Path) -> None:
+    from torch.utils.data import DataLoader
+
+    trainer = plain(aligned, OWN, tmp_path / "out", max_steps=1)
+    own = trainer.train_dataset
+
+    class Mine(type(trainer)):  # type: ignore[misc]
+        def get_train_dataloader(self) -> Any:
+            return DataLoader(own, batch_size=2, collate_fn=self.data_collator)
+
+    trainer.__class__ = Mine
+    resafe.attach(trainer, "mix_safety:n=4,contrast=0,mode=replace", safety_data="lab")  # as many rows as before
+    with pytest.raises(ResafeError, match="Mine.get_train_dataloader does not read trainer.train_dataset"):
+        trainer.train()
+
+
 def test_only_rank_0_writes(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = plain(aligned, OWN, tmp_path / "out", max_steps=1)
     monkeypatch.setattr(type(trainer.args), "process_index", property(lambda _: 1))
