@@ -53,7 +53,7 @@ def _environment(name: str) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "torch==2.13.0"], check=True)
-        subprocess.run([*pip, "-r", HERE / "locks" / f"{name}.txt"], check=True)
+        subprocess.run([*pip, "--no-deps", "-r", HERE / "locks" / f"{name}.txt"], check=True)  # exactly these: torchvision stays out
         if name == "llamafactory":
             _without_cuda_libraries(python)
         before = frozen(python)
