@@ -46,8 +46,30 @@ def template_id(tokenizer: Any) -> str:
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids up to where the assistant starts to write."""
+    """Token ids up to where the assistant starts to write, or goes on: a last turn of its own is left open (a prefill)."""
+    if messages and messages[-1]["role"] == "assistant":
+        return list(tokenizer(_opened(tokenizer, messages), add_special_tokens=False)["input_ids"])
+    return next_turn_ids(tokenizer, messages)
+
+
+def next_turn_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids up to where the assistant starts a turn of its own, whoever spoke last."""
     return _render(tokenizer, messages, add_generation_prompt=True)
+
+
+def _opened(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """The conversation as text, ending in the words of its last turn.
+
+    Templates decide on what stands between the header and the words, such as a space. But some drop or move words of a
+    last turn (reasoning templates), or know no assistant turn at all: then the words follow the header at once.
+    """
+    words = messages[-1]["content"]
+    header = str(_applied(tokenizer, messages[:-1], tokenize=False, add_generation_prompt=True))
+    try:
+        text = str(_applied(tokenizer, messages, tokenize=False, continue_final_message=True))
+    except ValueError:  # transformers does not find the words again
+        return header + words
+    return text if text.startswith(header) and text[len(header) :].strip() == words.strip() else header + words
 
 
 def encode(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
@@ -82,11 +104,11 @@ def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
     return list(_applied(tokenizer, messages, return_dict=False, add_generation_prompt=add_generation_prompt))
 
 
-def _applied(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
+def _applied(tokenizer: Any, messages: Sequence[Message], tokenize: bool = True, **options: Any) -> Any:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(foldable(tokenizer, messages), tokenize=True, **options)
+        return tokenizer.apply_chat_template(foldable(tokenizer, messages), tokenize=tokenize, **options)
     except TemplateError as error:
         raise ResafeError(f"the model's chat template refuses a conversation: {error}") from None
 

@@ -1,23 +1,28 @@
-"""Batched greedy generation: longest first within sorted batches, left-padded, the answers back in the order asked."""
+"""Answers of a loaded model to conversations, in the order asked. The work is done by `resafe.backends._engine`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from resafe import chat
+from resafe.backends._draw import Job
 from resafe.models import Loaded
 from resafe.rows import Message
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote: text without special tokens, number of tokens, and whether it ended by itself."""
+    """What a model wrote: text without special tokens, number of tokens, and whether it ended by itself.
 
-    text: str
-    tokens: int
-    finished: bool
+    `error` is the reason for a missing answer: api_error, timeout, refusal, empty, ...; such an answer is never judged.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    finished: bool = False
+    error: str = ""
 
 
 def generate(
@@ -27,37 +32,30 @@ def generate(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Greedy answers to `conversations`, in their order; `progress` is told how many a batch has finished.
+    """Greedy answers to `conversations`, in their order; `progress` is told, about once in a batch, how many more are finished.
 
-    Prompts that leave no room in the model's context are cut on the left.
+    Every answer is a new turn, also after a conversation that ends in an assistant turn: guard models judge such ones.
+    Prompts that leave no room in the model's context are cut on the left (`fitted`).
     """
-    room = getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 20
-    keep = max(1, room - max_new_tokens)
-    prompts = [chat.prompt_ids(loaded.tokenizer, c)[-keep:] for c in conversations]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers: list[Answer | None] = [None] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        for i, answer in zip(batch, _batch(loaded, [prompts[i] for i in batch], max_new_tokens)):
-            answers[i] = answer
-        if progress:
-            progress(len(batch))
-    return [a for a in answers if a is not None]
+    context = room(loaded.model.config)
+    jobs = [fitted(chat.next_turn_ids(loaded.tokenizer, c), max_new_tokens, context) for c in conversations]
+    found: dict[int, Answer] = {}
+    told = 0
+    for i, answer in answers(loaded, jobs, batch_size):
+        found[i] = answer
+        if progress and (len(found) - told >= batch_size or len(found) == len(jobs)):
+            progress(len(found) - told)
+            told = len(found)
+    return [found[i] for i in range(len(jobs))]
 
 
-def _batch(loaded: Loaded, prompts: list[list[int]], max_new_tokens: int) -> list[Answer]:
-    import torch
+def answers(loaded: Loaded, jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[int, Answer]]:
+    """(position in `jobs`, answer) as they are finished. Leaving early frees what they take."""
+    from resafe.backends._engine import write
 
-    pad, width = loaded.tokenizer.pad_token_id, max(len(p) for p in prompts)
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=loaded.model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=loaded.model.device)
     stops = end_tokens(loaded)
-    with torch.inference_mode():
-        out = loaded.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=stops,
-        )  # fmt: skip
-    return [_answer(loaded.tokenizer, row, stops) for row in out[:, width:].tolist()]
+    for i, ids in write(loaded.model, jobs, batch_size, stops, loaded.tokenizer.pad_token_id):
+        yield i, _answer(loaded.tokenizer, ids, stops)
 
 
 def _answer(tokenizer: Any, ids: list[int], stops: list[int]) -> Answer:
@@ -70,3 +68,17 @@ def end_tokens(loaded: Loaded) -> list[int]:
     configured = loaded.model.generation_config.eos_token_id
     extra = configured if isinstance(configured, list) else [configured]
     return sorted({loaded.tokenizer.eos_token_id, *(e for e in extra if e is not None)})
+
+
+def room(config: Any) -> int:
+    """Number of tokens that a model's context holds; 1 << 20 where its configuration does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 20
+
+
+def fitted(ids: list[int], max_new_tokens: int, context: int, **how: Any) -> Job:
+    """A prompt and its limit, made to fit the context: the prompt is cut on the left to leave room for the answer.
+
+    But it keeps half of the context, if it is that long; only then is the answer's limit lowered to what is left.
+    """
+    kept = ids[-max(1, context - max_new_tokens, context // 2) :]
+    return Job(kept, min(max_new_tokens, context - len(kept)), **how)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,27 +86,59 @@ def load_tokenizer(folder: Path) -> Any:
         raise ResafeError(f"the tokenizer in {home} cannot be loaded: {_first_line(error)}") from None
 
 
-def load(folder: str | Path, dtype: str = "auto", quantise: bool = False) -> Loaded:
+def load(folder: str | Path, dtype: str = "auto", quantise: bool = False, merge: bool = True) -> Loaded:
     """Load a checkpoint or a merged adapter for inference or further training.
 
     `dtype` is a torch dtype name; "auto" keeps the stored one on an accelerator and takes float32 on a CPU. An adapter is
-    merged into its base in the loading dtype. `quantise` loads a full checkpoint in 4 bits (bitsandbytes, NF4).
-    Raises ResafeError for whatever is wrong with the folder.
+    merged into its base in the loading dtype, or without `merge` left in its layers. `quantise` loads the weights in 4 bits
+    (bitsandbytes, NF4). Raises ResafeError for whatever is wrong with the folder.
     """
     path = vet(Path(folder))
     quieten()
     tokenizer = load_tokenizer(path)
-    home = base_of(path) if is_adapter(path) else path
-    model = _load_weights(home, dtype, quantise)
+    model = load_weights(base_of(path) if is_adapter(path) else path, dtype, quantise)
     if is_adapter(path):
-        model = _merged(model, path)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ResafeError(f"the tokenizer of {path} has {len(tokenizer)} entries but the model only {rows} embedding rows.")
+        model = _put_on(model, path, merge)
+        model = model if merge else model.get_base_model()
+    check_vocabulary(tokenizer, model, path)
     return Loaded(model.eval(), tokenizer, path)
 
 
-def _load_weights(home: Path, dtype: str, quantise: bool) -> Any:
+def check_vocabulary(tokenizer: Any, model: Any, folder: Path) -> None:
+    """Raise ResafeError if `tokenizer` knows tokens that `model` has no embeddings for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ResafeError(f"the tokenizer of {folder} has {len(tokenizer)} entries but the model only {rows} embedding rows.")
+
+
+def attachable(adapter: Path) -> bool:
+    """Whether an adapter is a plain LoRA, which can be put on a base and taken off again without touching its weights.
+
+    Not so: whole modules or token rows saved, trained biases, DoRA, initialisations that change the base (PiSSA, OLoRA, ...), other
+    methods than LoRA. Such an adapter is merged into a base of its own.
+    """
+    config = read_config(adapter / "adapter_config.json")
+    changing = ("modules_to_save", "trainable_token_indices", "layer_replication", "use_dora", "lora_bias")
+    return (
+        config.get("peft_type") == "LORA"
+        and not any(config.get(k) for k in changing)
+        and config.get("bias", "none") == "none"
+        and config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal")
+    )
+
+
+@contextmanager
+def attached(model: Any, adapter: Path) -> Iterator[Any]:
+    """`model` with a LoRA adapter in its layers; changes it in place and takes the adapter off at the end. See `attachable`."""
+    peft = _put_on(model, adapter, merge=False)
+    try:
+        yield peft.get_base_model().eval()
+    finally:
+        peft.unload()
+
+
+def load_weights(home: Path, dtype: str = "auto", quantise: bool = False) -> Any:
+    """The model of a vetted full checkpoint, in eval mode; `load` says what `dtype` and `quantise` are."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -121,7 +155,7 @@ def _load_weights(home: Path, dtype: str, quantise: bool) -> Any:
         raise ResafeError(f"the model in {home} cannot be loaded: {_first_line(error)}") from None
     if missing := sorted(info["missing_keys"]):
         raise ResafeError(f"{home} lacks {len(missing)} weights of its architecture, such as {missing[0]}.")
-    return model
+    return model.eval()
 
 
 def _nf4() -> Any:
@@ -137,11 +171,16 @@ def _nf4() -> Any:
     return config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=kind)
 
 
-def _merged(model: Any, adapter: Path) -> Any:
+def _put_on(model: Any, adapter: Path, merge: bool) -> Any:
+    """A PeftModel around `model`, or `model` with the adapter merged in."""
     from peft import PeftModel
 
+    kind = read_config(adapter / "adapter_config.json").get("peft_type")
+    if not merge and kind != "LORA":
+        raise ResafeError(f"the adapter in {adapter} is of kind {kind}: only LoRA can be used without merging it.")
     try:
-        return PeftModel.from_pretrained(model, adapter, use_safetensors=True).merge_and_unload()
+        found: Any = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
+        return found.merge_and_unload() if merge else found
     except Exception as error:
         raise ResafeError(f"the adapter in {adapter} does not fit its base: {_first_line(error)}") from None
 

@@ -6,13 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from resafe.errors import ResafeError
 from resafe.generate import generate
-from resafe.models import load, load_tokenizer
+from resafe.models import attachable, base_of, load, load_tokenizer
 from tests.tiny import KINDS, tiny
 
 
@@ -74,6 +76,49 @@ def test_a_tokenizer_larger_than_the_model_is_refused(copy: Path) -> None:
     tokenizer.save_pretrained(copy)
     with pytest.raises(ResafeError, match="embedding rows"):
         load(copy)
+
+
+@pytest.fixture
+def adapter(aligned: Path, tmp_path: Path) -> Callable[..., Path]:
+    def make(config: Any) -> Path:
+        model: Any = get_peft_model(load(aligned).model, config)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.add_(0.05)
+        model.peft_config["default"].base_model_name_or_path = str(aligned)
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return make
+
+
+def test_an_unmerged_adapter_computes_what_the_merged_one_does(adapter: Callable[..., Path]) -> None:
+    folder, ids = adapter(LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"])), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        one, other = (load(folder, merge=m).model(ids).logits for m in (True, False))
+        assert torch.allclose(one, other, atol=1e-4)
+        base = load(base_of(folder)).model(ids).logits
+    assert not torch.allclose(one, base, atol=1e-1)
+
+
+def test_adapters_of_other_kinds_are_only_merged(adapter: Callable[..., Path]) -> None:
+    folder = adapter(IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[]))
+    assert load(folder) and not attachable(folder)
+    with pytest.raises(ResafeError, match="kind IA3: only LoRA can be used without merging"):
+        load(folder, merge=False)
+
+
+@pytest.mark.parametrize(
+    ("entry", "plain"),
+    [
+        ({}, True), ({"bias": "none", "use_dora": False, "modules_to_save": None, "init_lora_weights": "gaussian"}, True),
+        ({"modules_to_save": ["lm_head"]}, False), ({"trainable_token_indices": [3]}, False), ({"bias": "lora_only"}, False),
+        ({"use_dora": True}, False), ({"init_lora_weights": "pissa"}, False), ({"peft_type": "IA3"}, False),
+    ],
+)  # fmt: skip
+def test_only_a_plain_lora_is_put_on_a_shared_base(entry: dict[str, Any], plain: bool, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **entry}))
+    assert attachable(tmp_path) is plain
 
 
 def test_weights_that_are_not_there_are_not_made_up(copy: Path) -> None:

@@ -5,13 +5,13 @@ Seed 0 ships with the package; other seeds are built from scratch once (about fi
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 from resafe.errors import ResafeError
+from resafe.fingerprint import cache_home
 
 SHIPPED_SEED = 0
 
@@ -20,7 +20,7 @@ def lab_folder(seed: int = SHIPPED_SEED, log: Callable[[str], None] = lambda _: 
     """The folder with `base/`, `aligned/` and `guard.safetensors` of a seed; built and cached if it does not ship."""
     if seed == SHIPPED_SEED:
         return Path(str(files("resafe.lab") / "checkpoints"))
-    folder = cache() / f"lab-{recipe_id()}-seed{seed}"
+    folder = cache_home() / f"lab-{recipe_id()}-seed{seed}"
     if not folder.is_dir():
         from resafe.files import new_folder
         from resafe.lab.build import build
@@ -29,11 +29,6 @@ def lab_folder(seed: int = SHIPPED_SEED, log: Callable[[str], None] = lambda _: 
         with new_folder(folder) as new:
             build(new, seed, log)
     return folder
-
-
-def cache() -> Path:
-    """Where built checkpoints are kept: $RESAFE_CACHE, else ~/.cache/resafe."""
-    return Path(os.environ.get("RESAFE_CACHE") or Path.home() / ".cache" / "resafe")
 
 
 def recipe_id() -> str:
