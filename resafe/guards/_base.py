@@ -10,13 +10,17 @@ from typing import Protocol
 from resafe.rows import Message
 
 Exchange = tuple[list[Message], str]  # the conversation up to the last user turn, and the response to it
+Scale = tuple[float, float]  # the lowest and the highest rating
+
+REASONS = ("parse", "out_of_range", "refusal", "api_error", "timeout", "truncated", "empty")
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What a guard says of one exchange; None where it says nothing.
 
-    `unscored` is the reason for a missing verdict: parse, out_of_range, refusal, api_error, timeout, truncated or empty.
+    `rating` is on the guard's own published scale (`Guard.scale`). `unscored` is the reason for a missing verdict, one of
+    REASONS; nothing else is said then.
     """
 
     harmful: bool | None
@@ -24,16 +28,23 @@ class Verdict:
     refusal: bool | None = None
     categories: tuple[str, ...] = ()
     unscored: str | None = None
+    rating: float | None = None
 
 
 class Guard(Protocol):
-    """Classifies exchanges, in their order. `identity` changes whenever a verdict could: it is part of every number."""
+    """Classifies exchanges, in their order. `identity` changes whenever a verdict could: it is part of every number.
+
+    `scale` is None for guards that don't rate.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
     def identity(self) -> str: ...
+
+    @property
+    def scale(self) -> Scale | None: ...
 
     def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]: ...
 
@@ -43,6 +54,16 @@ def unscored(reason: str) -> Verdict:
     return Verdict(harmful=None, unscored=reason)
 
 
+def within(value: object, scale: Scale) -> bool:
+    """Whether `value` is a real number on `scale`: not a bool, not NaN. Nothing is ever clipped onto a scale."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and scale[0] <= value <= scale[1]
+    )
+
+
 def valid_score(value: object) -> bool:
-    """Whether `value` is a probability: a real number in [0, 1], not a bool and not NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
+    """Whether `value` is a probability."""
+    return within(value, (0, 1))

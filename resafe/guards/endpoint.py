@@ -1,6 +1,7 @@
-"""Guards behind OpenAI-compatible endpoints: the moderation API, and guard models served as chat models.
+"""Judges behind OpenAI-compatible endpoints: the moderation API, and models served for chat or completion.
 
-Any fault of the endpoint leaves the exchange unscored. Nothing is logged; keys are taken from the environment.
+Any fault of the endpoint leaves the exchange unscored. Nothing is logged; keys are taken from the environment. Where the server
+gives log-probabilities, P(harmful) is read from them; where it refuses to, the question is asked again without.
 """
 
 from __future__ import annotations
@@ -8,19 +9,34 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from resafe.errors import ResafeError
-from resafe.guards._base import Exchange, Verdict, unscored, valid_score
-from resafe.guards.families import family, neutralise
+from resafe.guards._base import Exchange, Scale, Verdict, unscored, valid_score
+from resafe.guards._logprobs import Seen, of_chat, of_completion, probabilities
+from resafe.guards.families import Family, family
 
 KEY = "OPENAI_API_KEY"
 GUARD_KEY = "RESAFE_GUARD_API_KEY"  # for other hosts, so that no key travels to a host that it is not for
+TOP = {"chat": 20, "completion": 5}  # the most log-probabilities that OpenAI gives
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server answered: its text, why it ended, whether it declined, and the tokens with their alternatives."""
+
+    text: Any
+    end: Any
+    refused: Any = None
+    tokens: Sequence[Seen] = ()
 
 
 class ModerationGuard:
     """The OpenAI moderation API. It judges texts, not exchanges: only the response is sent; no say on refusals."""
+
+    scale: Scale | None = None
 
     def __init__(
         self, model: str = "omni-moderation-latest", base_url: str | None = None, *, timeout: float = 30, workers: int = 8
@@ -30,7 +46,7 @@ class ModerationGuard:
             raise ResafeError(f"the moderation guard needs a key: set {KEY if base_url is None else GUARD_KEY}.")
         self._client = _client(base_url, key, timeout)
         self.workers, self.model, self.name = workers, model, f"moderation:{model}"
-        self.identity = f"{self.name} at {_host(self._client)} parser v1 response only"
+        self.identity = f"{self.name} at {_host(self._client)} parser v2 response only"
 
     def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Verdicts with the highest category score."""
@@ -39,10 +55,10 @@ class ModerationGuard:
     def _ask(self, exchange: Exchange) -> Verdict:
         reply = self._client.moderations.create(model=self.model, input=exchange[1])
         try:
-            result = reply.results[0]
+            (result,) = reply.results  # one text was sent
             flagged, scores = result.flagged, result.category_scores.model_dump(by_alias=True)
             names = tuple(sorted(n for n, on in result.categories.model_dump(by_alias=True).items() if on is True))
-        except (AttributeError, TypeError, IndexError):
+        except (AttributeError, TypeError, ValueError):
             return unscored("parse")
         found = [s for s in scores.values() if s is not None]
         if not isinstance(flagged, bool) or not found:
@@ -53,46 +69,83 @@ class ModerationGuard:
 
 
 class ChatGuard:
-    """A guard model served by vLLM, SGLang and the like, whose chat template the server applies."""
+    """A judge served by vLLM, SGLang, OpenAI and the like. The server applies the chat template, if the family asks for one."""
 
     def __init__(
-        self, base_url: str, model: str, family_name: str | None = None, *, timeout: float = 60, workers: int = 8
+        self, base_url: str, model: str, family_name: str | Family | None = None, *, timeout: float = 60, workers: int = 8
     ) -> None:
-        self.family = family(family_name, model)
+        self.family = family_name if isinstance(family_name, Family) else family(family_name, model)
         self._client = _client(base_url, os.environ.get(GUARD_KEY) or "none", timeout)
+        self._logprobs = bool(self.family.choices)
         self.workers, self.model, self.name = workers, model, f"chat:{model}"
         self.identity = f"{self.name} at {_host(self._client)} {self.family.identity}"
 
+    @property
+    def scale(self) -> Scale | None:
+        """The scale of the family's ratings."""
+        return self.family.scale
+
     def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """Verdicts as the family's parser reads them."""
+        """Verdicts as the family's parser reads them; a score where the server gives log-probabilities."""
         return _each(self._ask, exchanges, self.workers)
 
     def _ask(self, exchange: Exchange) -> Verdict:
-        turns = [*exchange[0], {"role": "assistant", "content": exchange[1]}]
-        messages = [{"role": t["role"], "content": neutralise(t["content"])} for t in turns]
-        text, end, refused = self._complete(messages) if self.family.template else self._chat(messages)
-        if refused:
+        reply = self._reply(exchange)
+        if reply.refused or reply.end == "content_filter":
             return unscored("refusal")
-        if end != "stop":
-            return unscored("truncated" if end == "length" else "parse")
-        return self.family.parse(text) if isinstance(text, str) else unscored("parse")
+        if reply.text is None or reply.text == "":
+            return unscored("empty")
+        by_token = self.family.max_tokens == 1  # one token is the whole answer, and the limit its proper end
+        if reply.end != "stop" and not (by_token and reply.end == "length"):
+            return unscored("truncated" if reply.end == "length" else "parse")
+        return self._verdict(reply) if isinstance(reply.text, str) else unscored("parse")
 
-    def _chat(self, messages: list[dict[str, str]]) -> tuple[Any, Any, Any]:
+    def _verdict(self, reply: Reply) -> Verdict:
+        read = self.family.parse(reply.text)
+        found = probabilities(self.family.choices, reply.tokens)
+        if found is None or self.family.weigh is None:
+            return read
+        weighed = self.family.weigh(found, "")
+        if weighed.rating is not None:
+            return weighed
+        # Where text and logits disagree, the text stands, and a score that contradicts it is worth nothing.
+        agree = read.harmful is not None and read.harmful == weighed.harmful
+        return replace(read, score=weighed.score) if agree else read
+
+    def _reply(self, exchange: Exchange) -> Reply:
+        from openai import BadRequestError, UnprocessableEntityError
+
+        if not self._logprobs:
+            return self._send(exchange, False)
+        try:
+            return self._send(exchange, True)
+        except (BadRequestError, UnprocessableEntityError):
+            reply = self._send(exchange, False)
+            self._logprobs = False  # it was the log-probabilities that this server does not take
+            return reply
+
+    def _send(self, exchange: Exchange, logprobs: bool) -> Reply:
+        raw = self.family.template is not None and not self.family.rubric
+        return self._complete(exchange, logprobs) if raw else self._chat(exchange, logprobs)
+
+    def _chat(self, exchange: Exchange, logprobs: bool) -> Reply:
+        more = {"logprobs": True, "top_logprobs": TOP["chat"]} if logprobs else {}
         reply = self._client.chat.completions.create(
-            model=self.model, messages=messages, temperature=0, max_tokens=self.family.max_tokens
-        )
-        choice = reply.choices[0]
-        return choice.message.content, choice.finish_reason, getattr(choice.message, "refusal", None)
+            model=self.model, messages=self.family.messages(exchange, self.identity), temperature=0,
+            max_tokens=self.family.max_tokens, **more,
+        )  # fmt: skip
+        (choice,) = reply.choices
+        refused = getattr(choice.message, "refusal", None)
+        return Reply(choice.message.content, choice.finish_reason, refused, of_chat(getattr(choice, "logprobs", None)))
 
-    def _complete(self, messages: list[dict[str, str]]) -> tuple[Any, Any, Any]:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        template = ImmutableSandboxedEnvironment().from_string(self.family.template or "")
-        prompt = template.render(messages=messages).removeprefix("<s>")  # servers add it
+    def _complete(self, exchange: Exchange, logprobs: bool) -> Reply:
+        prompt = self.family.text(exchange).removeprefix("<s>")  # servers add it
+        more = {"logprobs": TOP["completion"]} if logprobs else {}
         reply = self._client.completions.create(
-            model=self.model, prompt=prompt, temperature=0, max_tokens=self.family.max_tokens
+            model=self.model, prompt=prompt, temperature=0, max_tokens=self.family.max_tokens, **more
         )
-        return reply.choices[0].text, reply.choices[0].finish_reason, None
+        (choice,) = reply.choices
+        return Reply(choice.text, choice.finish_reason, tokens=of_completion(getattr(choice, "logprobs", None)))
 
 
 def _client(base_url: str | None, key: str, timeout: float) -> Any:
@@ -116,7 +169,7 @@ def _each(ask: Callable[[Exchange], Verdict], exchanges: Sequence[Exchange], wor
             return unscored("empty")
         try:
             return ask(exchange)
-        except APITimeoutError:
+        except (APITimeoutError, TimeoutError):
             return unscored("timeout")
         except Exception:  # whatever goes wrong with a remote service is no verdict
             return unscored("api_error")

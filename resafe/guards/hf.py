@@ -1,64 +1,97 @@
-"""Guard models in local folders, run through transformers with greedy decoding."""
+"""Judges in local folders, run through transformers: by their logits where the family has fixed answers, else greedily."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from resafe.errors import ResafeError
-from resafe.files import digest
-from resafe.guards._base import Exchange, Verdict, unscored
-from resafe.guards.families import Family, family, neutralise
+from resafe.fingerprint import model_fingerprint
+from resafe.guards._base import Exchange, Scale, Verdict, unscored
+from resafe.guards.families import Family, family
 
 PROBE = "resafe probe"
 
 
 class TransformersGuard:
-    """A guard model's folder. `family_name` overrides what the folder's name says. Raises ResafeError for unusable ones."""
+    """A judge's folder. `family_name` (or a Family) overrides what the folder's name says. Raises ResafeError for unusable ones."""
 
-    def __init__(self, path: str | Path, family_name: str | None = None, batch_size: int = 16) -> None:
+    def __init__(self, path: str | Path, family_name: str | Family | None = None, batch_size: int = 16) -> None:
         from resafe import chat
+        from resafe.guards._choice import places
         from resafe.models import load, read_config, vet
 
         folder = vet(Path(path))
         hint = str(read_config(folder / "config.json").get("_name_or_path", "")) if (folder / "config.json").is_file() else ""
-        self.family: Family = family(family_name, folder.resolve().name, hint)
+        self.family = family_name if isinstance(family_name, Family) else family(family_name, folder.resolve().name, hint)
         self.loaded = load(folder)
         self.batch_size = batch_size
-        if self.family.template:
-            self.loaded.tokenizer.chat_template = self.family.template
-        self._wrap = _content_shape(self.loaded.tokenizer, folder)
+        self._raw = self.family.template is not None and not self.family.rubric
+        self._wrap = str if self._raw else _content_shape(self.loaded.tokenizer, folder)
         self._special = special_tokens(self.loaded.tokenizer)
+        self._places = places(self.loaded.tokenizer, self.family)
         self.name = f"{self.family.name}:{folder.resolve().name}"
         template = chat.template_id(self.loaded.tokenizer)
-        self.identity = f"{self.family.identity} template {template} weights {fingerprint(folder)}"
+        self.identity = f"{self.family.identity} template {template} weights {model_fingerprint(folder)[:16]}"
+
+    @property
+    def scale(self) -> Scale | None:
+        """The scale of the family's ratings."""
+        return self.family.scale
 
     def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Verdicts of the model; an exchange that does not fit its context is `truncated`, not judged in part."""
-        from resafe.generate import generate
-
-        conversations = [self._messages(e) for e in exchanges]
         verdicts = {i: unscored("empty") for i, e in enumerate(exchanges) if not e[1].strip()}
-        verdicts |= {i: unscored("truncated") for i, c in enumerate(conversations) if i not in verdicts and not self._fits(c)}
-        asked = [i for i in range(len(exchanges)) if i not in verdicts]
-        answers = generate(self.loaded, [conversations[i] for i in asked], self.family.max_tokens, self.batch_size) if asked else []
-        for i, answer in zip(asked, answers, strict=True):
-            verdicts[i] = self.family.parse(answer.text) if answer.finished else unscored("truncated")
+        prompts = {i: self.prompt(e) for i, e in enumerate(exchanges) if i not in verdicts}
+        verdicts |= {i: unscored("truncated") for i, ids in prompts.items() if not self._fits(ids)}
+        asked = [i for i in prompts if i not in verdicts]
+        verdicts |= zip(asked, self._judged([exchanges[i] for i in asked], [prompts[i] for i in asked]), strict=True)
         return [verdicts[i] for i in range(len(exchanges))]
 
-    def _messages(self, exchange: Exchange) -> list[Any]:
-        conversation, response = exchange
-        turns = [*conversation, {"role": "assistant", "content": response}]
-        return [{"role": t["role"], "content": self._wrap(neutralise(t["content"], self._special))} for t in turns]
-
-    def _fits(self, conversation: list[Any]) -> bool:
+    def prompt(self, exchange: Exchange) -> list[int]:
+        """The tokens that the model is asked with."""
         from resafe import chat
 
+        tokenizer = self.loaded.tokenizer
+        if not self._raw:
+            return chat.next_turn_ids(tokenizer, self._messages(exchange))
+        text = self.family.text(exchange, self._special, self._clipped)
+        marked = text.startswith("<s>")  # the published text of WildGuard brings its own mark of the start
+        return list(tokenizer.encode(text, add_special_tokens=not marked))
+
+    def _judged(self, exchanges: Sequence[Exchange], prompts: Sequence[list[int]]) -> list[Verdict]:
+        from resafe.generate import generate
+        from resafe.guards._choice import decide
+
+        if not exchanges:
+            return []
+        if self._places:
+            return decide(self.loaded, self.family, self._places, prompts, self.batch_size)
+        asked = [self._messages(e) for e in exchanges]
+        answers = generate(self.loaded, asked, self.family.max_tokens, self.batch_size)
+        return [self.family.parse(a.text) if a.finished else unscored("truncated") for a in answers]
+
+    def _messages(self, exchange: Exchange) -> list[Any]:
+        turns = self.family.messages(exchange, self.identity, self._special)
+        return [{"role": t["role"], "content": self._wrap(t["content"])} for t in turns]
+
+    def _clipped(self, response: str) -> str:
+        if self.family.clip is None:
+            return response
+        ids = self.loaded.tokenizer.encode(response, add_special_tokens=self.family.marked)
+        if len(ids) <= self.family.clip and not self.family.marked:
+            return response  # as it is: decoding may move a space
+        return str(self.loaded.tokenizer.decode(ids[: self.family.clip]))
+
+    def _fits(self, prompt: list[int]) -> bool:
+        from resafe.guards._choice import room
+
+        plan = self._places
+        answer = len(plan[0].lead) + room(self.family, plan) if plan else self.family.max_tokens
         config = self.loaded.model.config
-        room = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-        return len(chat.prompt_ids(self.loaded.tokenizer, conversation)) + self.family.max_tokens <= int(room)
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+        return len(prompt) + answer <= int(limit)
 
 
 def special_tokens(tokenizer: Any) -> frozenset[str]:
@@ -84,14 +117,3 @@ def _content_shape(tokenizer: Any, folder: Path) -> Any:
         if f"{PROBE} 1" in text and f"{PROBE} 2" in text:
             return wrap
     raise ResafeError(f"the chat template in {folder} cannot render an exchange to judge ({failure}): is this a guard model?")
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash of names, sizes, headers and both ends of the weight files: quick on files of many gigabytes."""
-    sums = []
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        with file.open("rb") as f:
-            head = f.read(1 << 20)
-            f.seek(max(0, file.stat().st_size - (1 << 20)))
-            sums.append([file.name, file.stat().st_size, hashlib.sha256(head + f.read()).hexdigest()])
-    return digest(sums)[:12]

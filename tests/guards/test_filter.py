@@ -22,6 +22,7 @@ class Says:
     """A guard with a fixed verdict for each answer."""
 
     name = identity = "says"
+    scale = None
     verdicts = {
         "harmful": Verdict(True, 0.9), "doubtful": Verdict(False, 0.4), "fine": Verdict(False, 0.1), "broken": Verdict(None, unscored="timeout")
     }  # fmt: skip
@@ -66,3 +67,44 @@ def test_the_shipped_guard_lets_everyday_answers_and_refusals_pass() -> None:
     talk = [[{"role": "user", "content": "How do I bake bread?"}], [{"role": "user", "content": "How do I kill a Python process?"}]]
     answers = ["Mix flour, water, salt and yeast, let it rise, and bake it.", "I'm sorry, but I can't help with that."]
     assert filtered.apply(talk, answers) == answers
+
+
+class Rates:
+    """A guard that gives ratings from 1 to 5: the answer itself."""
+
+    name = identity = "rates"
+    scale = (1.0, 5.0)
+
+    def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        return [Verdict(None, rating=float(answer)) for _, answer in exchanges]
+
+
+def test_a_threshold_acts_on_a_rating_where_there_is_no_score() -> None:
+    filtered = OutputFilter(Rates(), {}, REFUSAL, threshold=0.75)
+    assert filtered.apply(ASKED, ["1", "3.9", "4", "5"]) == ["1", "3.9", REFUSAL, REFUSAL]
+
+
+def test_a_guard_that_only_rates_decides_nothing_without_a_threshold() -> None:
+    assert OutputFilter(Rates(), {}, REFUSAL).apply(ASKED, ["1", "3", "4", "5"]) == [REFUSAL] * 4
+    assert OutputFilter(Rates(), {}, REFUSAL, on_error="allow").apply(ASKED, ["1", "3", "4", "5"]) == ["1", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("rating", ["-1.375", "0.9", "6", "nan", "inf"])
+def test_a_rating_off_its_scale_is_a_fault(rating: str) -> None:
+    for threshold in (None, 0.0, 0.75):
+        assert OutputFilter(Rates(), {}, REFUSAL, threshold).apply(ASKED[:1], [rating]) == [REFUSAL]
+
+
+@pytest.mark.parametrize("score", [-1.375, 1.2, float("nan")])
+def test_a_score_that_is_no_probability_is_a_fault(score: float) -> None:
+    for threshold in (None, 0.0, 0.75):
+        assert OutputFilter(Says(), {}, REFUSAL, threshold).blocks(Verdict(False, score))
+
+
+def test_a_guard_that_loses_count_is_an_error() -> None:
+    class Short(Rates):
+        def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+            return super().classify(exchanges[1:])
+
+    with pytest.raises(ResafeError, match="guard rates gave 3 verdicts on 4 answers"):
+        OutputFilter(Short(), {}, REFUSAL).apply(ASKED, ["1", "2", "3", "4"])
