@@ -74,6 +74,7 @@ def test_mcnemar_is_twice_the_smaller_binomial_tail(b: int, c: int) -> None:
     [
         ((36, 12, 2, 0), 0.0569, 0.3404),  # Newcombe 1998, table II, method 10 (there as before - after)
         ((1, 1, 7, 12), -0.507, -0.026),  # Bentur et al. 2009 in Fagerland et al. 2014, square-and-add
+        ((59, 6, 16, 80), -0.1186, -0.0046),  # Cavo et al. 2012 in Fagerland et al. 2017, chapter 8
     ],
 )
 def test_newcombe_reproduces_published_intervals(table: tuple[int, ...], low: float, high: float) -> None:

@@ -1,0 +1,128 @@
+"""Means of rows that are not independent: prompts of one category, the same prompts put to several training seeds.
+
+- crossed clusters (prompts x seeds), resampled: the pigeonhole bootstrap, A. B. Owen (2007), arXiv 0712.1111
+- the same by variance components: the two-way layout with interaction, degrees of freedom by
+  F. E. Satterthwaite (1946), doi 10.2307/3002019
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from scipy import stats
+
+from resafe.errors import ResafeError
+from resafe.eval.stats._common import Array, Interval, score_limits, unit_column, upper_tail
+from resafe.eval.stats.means import mean_interval, yes_or_no_worth
+
+
+def clustered_interval(
+    values: Sequence[float],
+    clusters: Sequence[Hashable],
+    lo: float = 0.0,
+    hi: float = 1.0,
+    level: float = 0.95,
+    crossed: Sequence[Hashable] | None = None,
+) -> Interval:
+    """Interval of the mean of values [n] within [lo, hi] whose rows come in clusters, both drawn from many more.
+
+    `clusters` alone: rows of a cluster may be alike (prompts of a category). With `crossed`, a second clustering of the
+    same rows (clusters = prompts, crossed = seeds), one row for each pair, few of them missing. The scale, the two values
+    added and the score limits are those of `mean_interval`, which it is where no two rows share a cluster, with Student's
+    quantile: two or three clusters say little of all others, so that the interval is wide; one says nothing: the whole
+    scale. One seed alone is not counted as a cluster: the interval is then about that seed. Where no value varies, the
+    clusters count, not the rows.
+
+    Raises ResafeError for values outside the scale, labels that do not match them, and two rows for a pair.
+    """
+    x, first = unit_column(values, lo, hi), _codes(clusters, len(values))
+    second = np.zeros_like(first) if crossed is None else _codes(crossed, len(x))
+    groups, others = int(first.max()) + 1, int(second.max()) + 1
+    if groups == len(x) and others == 1:
+        return mean_interval(values, lo, hi, level)
+    if others > 1 and len(set(zip(first.tolist(), second.tolist()))) < len(x):
+        raise ResafeError("crossed clusters hold one row for each pair: average the rows of a pair first.")
+    if groups == 1:
+        return lo, hi
+    variance, freedom = _one_way(x, first) if others == 1 else _two_way(x, first, second)
+    rows = float(x.var()) / variance if variance > 0 else groups
+    quantile = float(stats.t.ppf(upper_tail(level), freedom))
+    low, high = score_limits(x.mean(), rows * yes_or_no_worth(x), quantile)
+    return lo + (hi - lo) * float(low), lo + (hi - lo) * float(high)
+
+
+def _one_way(x: Array, codes: Array) -> tuple[float, float]:
+    """Variance of the mean of x [n], at least that of independent rows, and its degrees of freedom.
+
+    Clusters of unequal size count as (sum n_g)^2 / sum n_g^2 equal ones.
+    """
+    sizes = np.bincount(codes)
+    sums = np.bincount(codes, weights=x - x.mean())
+    between = float((sums**2).sum()) * len(sizes) / (len(sizes) - 1) / len(x) ** 2
+    variance = max(between, float(x.var()) / len(x))
+    return variance, max(1.0, len(x) ** 2 / float((sizes.astype(float) ** 2).sum()) - 1) if variance else math.inf
+
+
+def _two_way(x: Array, rows: Array, columns: Array) -> tuple[float, float]:
+    """Variance of the mean of x [n] over crossed rows and columns, and its degrees of freedom.
+
+    E[MS_rows + MS_columns - MS_rest] = n Var(mean) in the balanced layout; not less than either of the two, as chance
+    may make MS_rest the largest.
+    """
+    row_effect, column_effect = (_effects(x, codes) for codes in (rows, columns))
+    rest = x - x.mean() - row_effect - column_effect
+    freedoms = np.array([rows.max(), columns.max(), max(1, len(x) - rows.max() - columns.max() - 1)], dtype=float)
+    squares = np.array([float((effect**2).sum()) for effect in (row_effect, column_effect, rest)]) / freedoms
+    total = float(max(squares[0] + squares[1] - squares[2], squares[0], squares[1]))
+    spread = float((squares**2 / freedoms).sum())
+    return total / len(x), max(1.0, total**2 / spread) if total else math.inf
+
+
+def _effects(x: Array, codes: Array) -> Array:
+    """The mean of each row's cluster less the mean of all, row by row."""
+    means = np.bincount(codes, weights=x) / np.bincount(codes)
+    effect: Array = (means - x.mean())[codes]
+    return effect
+
+
+def cluster_bootstrap(
+    values: Sequence[float],
+    clusters: Sequence[Hashable],
+    level: float = 0.95,
+    seed: int = 0,
+    crossed: Sequence[Hashable] | None = None,
+    resamples: int = 2000,
+) -> Interval:
+    """Percentile interval of a mean whose rows come in clusters, whole clusters resampled with replacement.
+
+    With `crossed`, a second clustering of the same rows (prompts x seeds), both are resampled and their weights
+    multiplied. Two or three clusters are few: the interval is then a lower limit of the true uncertainty.
+    """
+    x = np.asarray(values, dtype=float)
+    ways = [_codes(labels, len(x)) for labels in ([clusters] if crossed is None else [clusters, crossed])]
+    rng = np.random.default_rng(seed)
+    at_once = max(1, 100_000 // len(x))  # stay within a processor's cache
+    means = [_resampled(x, ways, min(at_once, resamples - i), rng) for i in range(0, resamples, at_once)]
+    low, high = np.nanquantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _codes(labels: Sequence[Hashable], n: int) -> Array:
+    if len(labels) != n or n == 0:
+        raise ResafeError(f"clustered rows need one label for each of their values; found {len(labels)} for {n}.")
+    order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    return np.array([order[label] for label in labels])
+
+
+def _resampled(x: Array, ways: list[Array], count: int, rng: np.random.Generator) -> Array:
+    """`count` means of x [n] under multinomial cluster weights; nan where no row was drawn."""
+    weights = np.ones((count, len(x)))
+    for codes in ways:
+        groups = int(codes.max()) + 1
+        drawn = rng.integers(groups, size=(count, groups)) + groups * np.arange(count)[:, None]
+        weights *= np.bincount(drawn.ravel(), minlength=count * groups).reshape(count, groups)[:, codes]
+    total = weights.sum(axis=1)
+    means: Array = np.divide(weights @ x, total, out=np.full(count, np.nan), where=total > 0)
+    return means

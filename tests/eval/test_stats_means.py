@@ -1,0 +1,205 @@
+"""Means of ratings and shares: intervals that agree with Wilson's, cover, and never claim certainty; Wilcoxon is scipy's."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from resafe.errors import ResafeError
+from resafe.eval.stats import clustered_interval, mean_interval, paired_mean_difference, wilcoxon_signed_rank, wilson
+
+RATINGS = st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0]), min_size=1, max_size=60)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=80), st.sampled_from([0.8, 0.95, 0.99]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_column_of_yes_and_no_has_wilsons_interval(votes: list[bool], level: float) -> None:
+    assert mean_interval(votes, 0, 1, level) == pytest.approx(wilson(sum(votes), len(votes), level), abs=1e-9)
+
+
+@given(RATINGS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_interval_holds_the_mean_stays_on_the_scale_and_has_a_width(values: list[float]) -> None:
+    low, high = mean_interval(values, 1, 5)
+    assert 1 <= low <= np.mean(values) + 1e-9 and np.mean(values) - 1e-9 <= high <= 5 and high - low > 0.001
+
+
+@given(RATINGS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_turning_the_scale_around_turns_the_interval_around(values: list[float]) -> None:
+    low, high = mean_interval(values, 1, 5)
+    assert mean_interval([6 - v for v in values], 1, 5) == pytest.approx((6 - high, 6 - low), abs=1e-9)
+
+
+def test_an_interval_by_hand() -> None:
+    # 0, .5, .5, 1 and one more at 0 and at 1: m = .5, mean square = 2.5/6, variance 1/6, so that n_eff = 4 * .25 * 6
+    assert mean_interval([0, 0.5, 0.5, 1], 0, 1) == pytest.approx(wilson(3, 6), abs=1e-12)
+
+
+def test_for_many_values_it_is_the_normal_interval() -> None:
+    x = np.random.default_rng(0).choice([1, 2, 3, 4, 5], p=[0.4, 0.1, 0.1, 0.1, 0.3], size=100_000)
+    half = 1.959964 * x.std() / len(x) ** 0.5
+    assert mean_interval(x.tolist(), 1, 5) == pytest.approx((x.mean() - half, x.mean() + half), abs=1e-4)
+
+
+def test_the_lowest_rating_for_all_still_allows_what_no_hits_allow() -> None:
+    assert mean_interval([1] * 100, 1, 5) == pytest.approx((1, 1 + 4 * wilson(0, 100)[1]))
+
+
+@pytest.mark.parametrize("n", [20, 50, 330])
+@pytest.mark.parametrize("rare", [1.0, 0.5, 0.625])
+def test_a_constant_column_allows_for_rare_values_that_it_did_not_show(n: int, rare: float) -> None:
+    # q with a chance of 1 in 10 that n draws show none of the rare value, were the rest all 0.5
+    q = 1 - 0.1 ** (1 / n)
+    low, high = mean_interval([0.5] * n, 0, 1)
+    assert low <= 0.5 + q * (rare - 0.5) <= high
+
+
+def test_values_off_the_scale_and_empty_columns_are_refused() -> None:
+    with pytest.raises(ResafeError, match="6 is outside the scale 1 to 5"):
+        mean_interval([1, 6], 1, 5)
+    with pytest.raises(ResafeError, match="nan is outside"):
+        mean_interval([float("nan")], 1, 5)
+    with pytest.raises(ResafeError, match="at least one value"):
+        mean_interval([], 1, 5)
+    with pytest.raises(ResafeError, match="from a lower to a higher"):
+        mean_interval([1], 5, 1)
+    with pytest.raises(ResafeError, match="write 95 % as 0.95"):
+        mean_interval([1], 1, 5, level=95)
+
+
+def test_a_paired_difference_is_in_units_of_the_scale_and_narrower_than_an_unpaired_one() -> None:
+    rng = np.random.default_rng(1)
+    before = rng.choice([1.0, 3.0, 5.0], size=200)
+    after = np.minimum(5.0, before + (rng.random(200) < 0.1))
+    found = paired_mean_difference(before.tolist(), after.tolist(), 1, 5)
+    assert found.difference == pytest.approx(after.mean() - before.mean()) and found.low < found.difference < found.high
+    low, high = mean_interval(before.tolist(), 1, 5)
+    assert found.high - found.low < 0.5 * (high - low)
+
+
+def test_before_and_after_exchanged_mirror_the_difference() -> None:
+    before, after = [1, 2, 5, 1, 1, 4], [1, 5, 5, 2, 1, 1]
+    one, two = paired_mean_difference(before, after, 1, 5), paired_mean_difference(after, before, 1, 5)
+    assert one == pytest.approx((-two.difference, -two.high, -two.low), abs=1e-12)
+
+
+def test_nothing_changed_is_no_proof_that_nothing_changes() -> None:
+    found = paired_mean_difference([1] * 100, [1] * 100, 1, 5)
+    assert found.difference == 0 and found.low == pytest.approx(-found.high) and 0.05 < found.high < 0.5
+
+
+def test_unequal_pairs_are_refused() -> None:
+    with pytest.raises(ResafeError, match="found 1 and 2"):
+        paired_mean_difference([1], [1, 2], 1, 5)
+    with pytest.raises(ResafeError, match="found 2 and 1"):
+        wilcoxon_signed_rank([1, 2], [1])
+
+
+def test_wilcoxon_is_the_share_of_all_signs_that_are_as_extreme() -> None:
+    changes = [0.3, -0.1, 0.8, 1.2, -0.5, 0.9, 2.0]
+    ranks = stats.rankdata(np.abs(changes))
+    seen = abs(sum(r * np.sign(d) for r, d in zip(ranks, changes)))
+    sums = [abs(sum(r * s for r, s in zip(ranks, signs))) for signs in itertools.product((1, -1), repeat=7)]
+    assert wilcoxon_signed_rank([0] * 7, changes) == pytest.approx(np.mean([s >= seen - 1e-9 for s in sums]), abs=1e-9)
+
+
+def test_wilcoxon_of_many_ratings_is_the_tie_corrected_normal_approximation() -> None:
+    rng = np.random.default_rng(2)
+    before, after = rng.integers(1, 6, 120), rng.integers(1, 6, 120)
+    changes = (after - before)[after != before].astype(float)
+    n, ranks = len(changes), stats.rankdata(np.abs(changes))
+    ties = np.unique(np.abs(changes), return_counts=True)[1].astype(float)
+    variance = n * (n + 1) * (2 * n + 1) / 24 - (ties**3 - ties).sum() / 48
+    z = (ranks[changes > 0].sum() - n * (n + 1) / 4) / variance**0.5
+    found = wilcoxon_signed_rank(before.tolist(), after.tolist())
+    assert found == pytest.approx(2 * stats.norm.sf(abs(z)), abs=1e-9)
+    assert found == pytest.approx(stats.wilcoxon(after, before).pvalue, abs=1e-9)
+
+
+def test_wilcoxon_of_no_changes_is_1_and_rounding_makes_no_ranks() -> None:
+    assert wilcoxon_signed_rank([1, 2, 3], [1, 2, 3]) == 1 and wilcoxon_signed_rank([], []) == 1
+    assert wilcoxon_signed_rank([0.1 + 0.2] * 20, [0.3] * 20) == 1
+    before, after = [0.0, 0.2, 0.2, 0.4] * 5, [0.2, 0.4, 0.4, 0.2] * 5
+    assert wilcoxon_signed_rank(before, after) == pytest.approx(stats.wilcoxon([1, 1, 1, -1] * 5).pvalue, abs=1e-9)
+
+
+def test_rows_that_share_no_cluster_are_independent() -> None:
+    values = [1, 3, 5, 5, 2]
+    assert clustered_interval(values, range(5), 1, 5) == mean_interval(values, 1, 5)
+    assert clustered_interval(values, range(5), 1, 5, crossed=["s"] * 5) == mean_interval(values, 1, 5)
+
+
+def test_categories_that_differ_widen_and_categories_alike_hardly_do() -> None:
+    labels = [i % 10 for i in range(200)]
+    alike = [float(i // 10 % 2) for i in range(200)]
+    apart = [float(label % 2) for label in labels]
+    plain = mean_interval(alike, 0, 1)
+    one, two = clustered_interval(alike, labels), clustered_interval(apart, labels)
+    assert plain[1] - plain[0] < one[1] - one[0] < 1.2 * (plain[1] - plain[0])
+    assert two[1] - two[0] > 3 * (plain[1] - plain[0])
+
+
+def test_between_equal_clusters_the_variance_is_that_of_their_means() -> None:
+    x = np.random.default_rng(3).choice([0.0, 0.5, 1.0], size=(5, 20)) * np.linspace(0.2, 1, 5)[:, None]
+    variance, mean, square = x.mean(axis=1).var(ddof=1) / 5, (x.sum() + 1) / 102, ((x**2).sum() + 1) / 102
+    effective = x.var() / variance * mean * (1 - mean) / (square - mean**2)
+    expected = wilson(x.mean() * effective, effective, 2 * stats.norm.cdf(stats.t.ppf(0.975, 4)) - 1)
+    found = clustered_interval(x.ravel().tolist(), [i for i in range(5) for _ in range(20)])
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_large_category_makes_the_others_count_for_less() -> None:
+    # sums of deviations from .29: -7.2, 1.1, 6.1; sizes count as 100^2 / (80^2 + 10^2 + 10^2) = 1.5 equal ones: 1 degree
+    x = np.array([0.2] * 80 + [0.4] * 10 + [0.9] * 10)
+    variance, mean, square = (7.2**2 + 1.1**2 + 6.1**2) * 1.5 / 100**2, 30 / 102, ((x**2).sum() + 1) / 102
+    effective = x.var() / variance * mean * (1 - mean) / (square - mean**2)
+    expected = wilson(0.29 * effective, effective, 2 * stats.norm.cdf(stats.t.ppf(0.9, 1)) - 1)
+    found = clustered_interval(x.tolist(), "a" * 80 + "b" * 10 + "c" * 10, level=0.8)
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_seeds_by_hand_two_way_analysis_of_variance() -> None:
+    rng = np.random.default_rng(4)
+    x = rng.choice([0.0, 0.1], (40, 4)) + rng.choice([0.1, 0.3, 0.6], (40, 1)) + np.linspace(0, 0.2, 4)
+    n, s = x.shape
+    rest = x - x.mean(axis=1, keepdims=True) - x.mean(axis=0) + x.mean()
+    ms = [s * x.mean(axis=1).var(ddof=1), n * x.mean(axis=0).var(ddof=1), (rest**2).sum() / ((n - 1) * (s - 1))]
+    total = ms[0] + ms[1] - ms[2]
+    freedom = total**2 / (ms[0] ** 2 / (n - 1) + ms[1] ** 2 / (s - 1) + ms[2] ** 2 / ((n - 1) * (s - 1)))
+    mean, square = (x.sum() + 1) / (x.size + 2), ((x**2).sum() + 1) / (x.size + 2)
+    effective = x.var() / (total / x.size) * mean * (1 - mean) / (square - mean**2)
+    # Wilson with that many answers, its z replaced by Student's: as an interval of level 2 F(t) - 1
+    expected = wilson(x.mean() * effective, effective, 2 * stats.norm.cdf(stats.t.ppf(0.975, freedom)) - 1)
+    labels = [i for i in range(n) for _ in range(s)], list(range(s)) * n
+    assert clustered_interval(x.ravel().tolist(), labels[0], crossed=labels[1]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_no_hits_for_three_seeds_allow_what_no_hits_for_one_do() -> None:
+    prompts = [i for i in range(100) for _ in range(3)]
+    assert clustered_interval([0.0] * 300, prompts, crossed=[0, 1, 2] * 100) == pytest.approx(wilson(0, 100))
+
+
+def test_one_category_says_nothing_of_others_and_two_say_little() -> None:
+    assert clustered_interval([1, 5, 3], "aaa", 1, 5) == (1, 5)
+    votes = [float(i % 4 == 0) for i in range(50)] + [float(i % 3 == 0) for i in range(50)]
+    two, plain = clustered_interval(votes, "a" * 50 + "b" * 50), mean_interval(votes, 0, 1)
+    assert two[1] - two[0] > 3 * (plain[1] - plain[0])
+
+
+def test_prompts_asked_of_one_seed_each_do_not_hide_that_seeds_differ() -> None:
+    values, seeds = [0.0] * 20 + [1.0] * 20, ["a"] * 20 + ["b"] * 20
+    low, high = clustered_interval(values, range(40), crossed=seeds)
+    assert low < 0.05 and high > 0.95
+
+
+def test_clusters_need_a_label_per_value_and_one_row_per_pair() -> None:
+    with pytest.raises(ResafeError, match="found 2 for 3"):
+        clustered_interval([1, 0, 1], "ab")
+    with pytest.raises(ResafeError, match="one row for each pair"):
+        clustered_interval([1, 0, 1, 1], "aabb", crossed="xxxy")

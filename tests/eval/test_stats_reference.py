@@ -1,0 +1,171 @@
+"""On random tables and columns the statistics equal those of statsmodels, scikit-learn and the krippendorff package."""
+
+from __future__ import annotations
+
+import math
+
+import krippendorff
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import cohen_kappa_score
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.inter_rater import cohens_kappa
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from resafe.errors import ResafeError
+from resafe.eval.stats import (
+    Difference,
+    Table,
+    cohen_kappa,
+    crosstab,
+    holm,
+    krippendorff_alpha,
+    mcnemar_exact,
+    newcombe,
+    newcombe_limits,
+    non_inferior,
+    paired_difference,
+    power_mcnemar,
+    wilson,
+    within_margin,
+)
+
+CELLS = st.tuples(*[st.integers(0, 400)] * 4).filter(lambda cells: sum(cells) > 0)
+random_cases = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@given(st.integers(1, 2000), st.floats(0, 1), st.floats(0.5, 0.999))
+@random_cases
+def test_wilson_equals_statsmodels(n: int, share: float, level: float) -> None:
+    k = round(share * n)
+    expected = proportion_confint(k, n, alpha=1 - level, method="wilson")
+    assert wilson(k, n, level) == pytest.approx(expected, abs=1e-9)
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+@random_cases
+def test_mcnemar_equals_statsmodels(b: int, c: int) -> None:
+    expected = mcnemar([[7, b], [c, 5]], exact=True).pvalue if b + c else 1.0
+    assert mcnemar_exact(b, c) == pytest.approx(expected, abs=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+@settings(random_cases, max_examples=12)  # statsmodels takes 0.2 s a call
+def test_holm_equals_statsmodels(pvalues: list[float]) -> None:
+    assert holm(pvalues) == pytest.approx(multipletests(pvalues, method="holm")[1].tolist(), abs=1e-9)
+
+
+@given(CELLS)
+@random_cases
+def test_kappa_equals_statsmodels_and_scikit_learn(cells: tuple[int, int, int, int]) -> None:
+    a, b, c, d = cells
+    first = [True] * (a + b) + [False] * (c + d)
+    second = [True] * a + [False] * b + [True] * c + [False] * d
+    found = cohen_kappa(first, second)
+    if len(set(first + second)) == 1:
+        assert found is None
+    else:
+        assert found == pytest.approx(cohens_kappa([[a, b], [c, d]], return_results=False), abs=1e-9)
+        assert found == pytest.approx(cohen_kappa_score(first, second), abs=1e-9)
+
+
+def reference_newcombe(a: int, b: int, c: int, d: int, level: float) -> tuple[float, float, float]:
+    """Method 10 by statsmodels' Wilson limits and complex numbers: |x - phi-rotated y| is the square-and-add length."""
+    n = a + b + c + d
+    (l1, u1), (l2, u2) = (proportion_confint(k, n, 1 - level, "wilson") for k in (a + b, a + c))
+    p1, p2, cross = (a + b) / n, (a + c) / n, a * d - b * c
+    corrected = cross if cross <= 0 else max(cross - n / 2, 0)
+    product = math.prod((a + b, c + d, a + c, b + d))
+    angle = math.acos(corrected / math.sqrt(product)) if product else math.pi / 2
+    turn = complex(math.cos(angle), math.sin(angle))
+    return p2 - p1, p2 - p1 - abs((p2 - l2) - turn * (u1 - p1)), p2 - p1 + abs((u2 - p2) - turn * (p1 - l1))
+
+
+@given(CELLS, st.floats(0.5, 0.999))
+@random_cases
+def test_newcombe_equals_the_law_of_cosines(cells: tuple[int, int, int, int], level: float) -> None:
+    difference, low, high = reference_newcombe(*cells, level)
+    assert newcombe(Table(*cells), level) == pytest.approx((difference, max(-1, low), min(1, high)), abs=1e-9)
+
+
+def test_many_tables_at_once_are_each_table_alone() -> None:
+    cells = np.random.default_rng(0).integers(1, 50, size=(4, 30))
+    low, high = newcombe_limits(*cells, 0.9)
+    alone = [newcombe(Table(*map(float, column)), 0.9) for column in cells.T]
+    assert low.tolist() == [x.low for x in alone] and high.tolist() == [x.high for x in alone]
+
+
+@given(CELLS, st.floats(0.001, 0.3), st.booleans())
+@random_cases
+def test_non_inferiority_is_read_off_the_reference_interval(
+    cells: tuple[int, int, int, int], margin: float, higher: bool
+) -> None:
+    a, b, c, d = cells
+    before, after = [True] * (a + b) + [False] * (c + d), [True] * a + [False] * b + [True] * c + [False] * d
+    difference, low, high = reference_newcombe(*cells, 0.95)
+    worse = (-difference, -high, -low) if higher else (difference, low, high)  # > 0: worse
+    expected = "kept" if worse[2] < margin else "degraded" if worse[1] > 0 and worse[0] > margin else "unclear"
+    assert non_inferior(before, after, margin, higher_is_better=higher) == expected
+
+
+def test_a_margin_applies_to_any_interval() -> None:
+    assert within_margin(Difference(-0.1, -0.3, 0.1), 0.31) == "kept"
+    assert within_margin(Difference(0.5, 0.2, 0.8), 0.1, higher_is_better=False) == "degraded"
+    assert within_margin(Difference(0.05, 0.01, 0.09), 0.06, higher_is_better=False) == "unclear"
+
+
+@given(st.integers(1, 14), st.floats(0, 0.5), st.floats(0, 0.5), st.sampled_from([0.01, 0.05, 0.2]))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_power_equals_the_sum_over_every_table(n: int, p10: float, p01: float, alpha: float) -> None:
+    total = sum(
+        stats.multinomial.pmf([b, c, n - b - c], n, [p10, p01, 1 - p10 - p01])
+        for b in range(n + 1)
+        for c in range(n + 1 - b)
+        if b + c and mcnemar([[0, b], [c, 0]], exact=True).pvalue <= alpha
+    )
+    assert power_mcnemar(n, p10, p01, alpha) == pytest.approx(total, abs=1e-9)
+
+
+VERDICT = st.one_of(st.none(), st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0]))
+
+
+@given(
+    st.integers(2, 4).flatmap(lambda k: st.lists(st.tuples(*[VERDICT] * k), min_size=2, max_size=30)),
+    st.sampled_from(["nominal", "ordinal", "interval"]),
+)
+@random_cases
+def test_alpha_equals_the_krippendorff_package(answers: list[tuple[float | None, ...]], measure: str) -> None:
+    found = krippendorff_alpha(list(zip(*answers)), measure)  # type: ignore[arg-type]
+    paired = [[v for v in answer if v is not None] for answer in answers]
+    if len({v for answer in paired if len(answer) > 1 for v in answer}) < 2:
+        assert found is None
+        return
+    data = np.array(answers, dtype=float).T
+    expected = krippendorff.alpha(reliability_data=data, level_of_measurement=measure)
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_alpha_of_yes_and_no_from_two_judges_is_near_their_kappa() -> None:
+    rng = np.random.default_rng(1)
+    first = rng.random(4000) < 0.4
+    second = np.where(rng.random(4000) < 0.8, first, rng.random(4000) < 0.4)
+    found = krippendorff_alpha([first.tolist(), second.tolist()])
+    assert found == pytest.approx(cohen_kappa(first.tolist(), second.tolist()), abs=1e-3)
+
+
+def test_alpha_wants_columns_of_one_length_and_a_known_measurement() -> None:
+    with pytest.raises(ResafeError, match="found 2, 1"):
+        krippendorff_alpha([[1, 2], [1]])
+    with pytest.raises(ResafeError, match="nominal, ordinal, interval values; found 'ratio'"):
+        krippendorff_alpha([[1, 2], [1, 1]], "ratio")  # type: ignore[arg-type]
+    assert krippendorff_alpha([]) is None and krippendorff_alpha([[1, 2]]) is None
+
+
+def test_the_paired_difference_counts_its_table() -> None:
+    before, after = [True, False, True, True], [True, True, False, True]
+    assert crosstab(before, after) == (2, 1, 1, 0)
+    assert paired_difference(before, after) == newcombe(Table(2, 1, 1, 0))
