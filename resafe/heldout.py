@@ -21,6 +21,7 @@ TABLE = {  # name: file, column with the prompt, encoding
     "ifeval": ("ifeval/input_data.jsonl", "prompt", "utf-8"),
     "jailbreakbench": ("jailbreakbench/harmful-behaviors.csv", "Goal", "mac_roman"),
     "jailbreakbench_benign": ("jailbreakbench/benign-behaviors.csv", "Goal", "mac_roman"),
+    "mmlu": ("mmlu/mmlu_dev.jsonl", "prompt", "utf-8"),
     "simplesafetytests": ("simplesafetytests/SimpleSafetyTests_-_test_cases.csv", "prompts_final", "utf-8"),
     "xstest": ("xstest/xstest_prompts.csv", "prompt", "utf-8"),
 }

@@ -78,6 +78,7 @@ def test_every_category_has_enough_wordings_of_its_own() -> None:
     [
         ("build_safety_pack.py", "--catqa", "catqa_harmfulqa", PACK / "pack.jsonl"),
         ("build_gsm8k_suite.py", "--train", "gsm8k/train.jsonl", SUITES / "gsm8k/gsm8k_300.jsonl"),
+        ("build_mmlu_suite.py", "--dev", "mmlu/dev", SUITES / "mmlu/mmlu_dev.jsonl"),
     ],
 )
 def test_rebuilding_gives_the_same_bytes(script: str, option: str, source: str, shipped: Path, tmp_path: Path) -> None:
