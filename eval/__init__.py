@@ -6,22 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from resafe.eval.auditing import Audit, Thresholds, audit, check_suites
     from resafe.eval.comparison import compare, compare_groups
     from resafe.eval.evaluation import evaluate
     from resafe.eval.pool import pooled
-    from resafe.eval.report import render, table
+    from resafe.eval.report import render, render_transcripts, table
     from resafe.eval.results import Results
     from resafe.eval.suite import Suite, load_suite
     from resafe.eval.targets import Target, TargetSpec
 
 _HOMES = {
+    "Audit": "auditing", "Thresholds": "auditing", "audit": "auditing", "check_suites": "auditing",
     "compare": "comparison", "compare_groups": "comparison", "evaluate": "evaluation", "pooled": "pool",
-    "render": "report", "table": "report", "Results": "results", "Suite": "suite", "load_suite": "suite",
+    "render": "report", "render_transcripts": "report", "table": "report", "Results": "results", "Suite": "suite", "load_suite": "suite",
     "Target": "targets", "TargetSpec": "targets",
 }  # fmt: skip
 __all__ = [
-    "Results", "Suite", "Target", "TargetSpec", "compare", "compare_groups", "evaluate", "load_suite", "pooled",
-    "render", "table",
+    "Audit", "Results", "Suite", "Target", "TargetSpec", "Thresholds", "audit", "check_suites", "compare",
+    "compare_groups", "evaluate", "load_suite", "pooled", "render", "render_transcripts",
+    "table",
 ]  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """Two systems on the same prompts: the difference, its interval and an exact test, corrected for multiplicity.
 
-One target against another: Newcombe's paired interval and McNemar's exact test. Groups of training seeds
-(`compare_groups`): the paired table averaged over seeds gives Newcombe's interval, joined with a bootstrap over
-prompts and seeds; the test is the exact sign test over prompts of the change summed over seeds, which is McNemar's
-when there is one seed. Holm's correction runs over suites x compared systems, within one metric and judge.
+One target against another: Newcombe's paired interval and McNemar's exact test; ratings and shares by the paired bootstrap
+and Wilcoxon's signed-rank test. Missing verdicts bound the difference (`bound_low`, `bound_high`); where these bounds lie
+on both sides of zero no winner may be named (`decided` is False). Groups of training seeds (`compare_groups`): prompts and
+seeds are crossed clusters of the changes (stats.clustered_interval); the test is the exact sign test over prompts of the
+change summed over seeds, which is McNemar's when there is one seed. Holm's correction runs over suites x compared systems,
+within one metric and judge.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import Any, Literal
 
 from resafe.errors import ResafeError, suggest
 from resafe.eval import stats
+from resafe.eval.metrics import RATE, Scale, Vote, binary
 from resafe.eval.pool import groups
 from resafe.eval.results import Items, Results, Row
 
-Pair = tuple[str, str, bool, bool]  # prompt, seed, before, after
+Pair = tuple[str, str, Vote | None, Vote | None]  # prompt, seed, before, after; None: unscored
 Key = tuple[str, str, str]  # suite, metric, judge
+CONDITIONAL = ("harmfulness_rate_coherent",)  # of answers chosen by another verdict: a missing vote is no missing verdict
 
 
 def compare(results: Results, baseline: str, others: Sequence[str] | None = None, level: float = 0.95) -> list[Row]:
@@ -82,10 +86,25 @@ def _by_seed(results: Results, baselines: list[str], targets: list[str]) -> Iter
 def _compared(results: Results, pairs: Sequence[tuple[str, str]], who: Row, level: float) -> list[Row]:
     rows = []
     for suite, metric, judge in _shared(results, pairs):
-        votes = [v for before, after in pairs for v in _paired(results, before, after, (suite, metric, judge))]
-        if votes:
-            rows.append({"suite": suite, "metric": metric, "judge": judge, **who, **difference(votes, level)})
+        asked = [v for before, after in pairs for v in _paired(results, before, after, (suite, metric, judge))]
+        scored = [v for v in asked if None not in v]
+        if scored:
+            scale = results.items[pairs[0][0]][suite].scale(metric, judge)
+            found = difference(scored, level, scale) | _bounds(scored if metric in CONDITIONAL else asked, scale)
+            rows.append({"suite": suite, "metric": metric, "judge": judge, **who, **found})
     return rows
+
+
+def _bounds(asked: Sequence[Pair], scale: Scale) -> Row:
+    """The difference if missing verdicts were filled against it, and in its favour; and whether its sign stands."""
+    missing = sum(None in v for v in asked)
+    low, high = stats.bounds_difference([a for *_, a, _ in asked], [b for *_, b in asked], *scale)
+    return {"missing": missing, "bound_low": low, "bound_high": high, "decided": not missing or not stats.crosses((low, high))}
+
+
+def _change(pair: Pair) -> float:
+    """after - before of a pair that was scored."""
+    return float(pair[3] or 0) - float(pair[2] or 0)
 
 
 def _shared(results: Results, pairs: Sequence[tuple[str, str]]) -> list[Key]:
@@ -96,12 +115,11 @@ def _shared(results: Results, pairs: Sequence[tuple[str, str]]) -> list[Key]:
 
 
 def _paired(results: Results, before: str, after: str, key: Key) -> list[Pair]:
-    """The prompts that a judge scored for both targets. Raises ResafeError when they were asked different things."""
+    """What a judge said of both targets' answers. Raises ResafeError when they were asked different things."""
     suite, metric, judge = key
     one, two = results.items[before][suite], results.items[after][suite]
     _check_same_prompts(one, two, f"{before} and {after}", suite)
-    both = zip(one.prompts, one.column(metric, judge), two.column(metric, judge))
-    return [(prompt, after, a, b) for prompt, a, b in both if a is not None and b is not None]
+    return [(p, after, a, b) for p, a, b in zip(one.prompts, one.column(metric, judge), two.column(metric, judge))]
 
 
 def _check_same_prompts(one: Items, two: Items, who: str, suite: str) -> None:
@@ -112,29 +130,47 @@ def _check_same_prompts(one: Items, two: Items, who: str, suite: str) -> None:
         )
 
 
-def difference(votes: Sequence[Pair], level: float = 0.95) -> dict[str, Any]:
-    """after - before over (prompt, seed) pairs: difference, low, high, p, n pairs, and yes lost and gained."""
-    table = stats.crosstab([a for *_, a, _ in votes], [b for *_, b in votes])
+def difference(votes: Sequence[Pair], level: float = 0.95, scale: Scale = RATE) -> dict[str, Any]:
+    """after - before over (prompt, seed) pairs: difference, low, high, p, n pairs, and yes lost and gained.
+
+    Ratings and shares lose where the vote fell and gain where it rose.
+    """
     prompts, seeds = {p for p, *_ in votes}, {s for _, s, *_ in votes}
-    share = len(prompts) / len(votes)
-    found = stats.newcombe(stats.Table(*(share * x for x in table)), level)
+    yes_or_no = binary([v for *_, a, b in votes for v in (a, b)]) and scale == RATE
+    found, p = _binary(votes, level) if yes_or_no else _graded(votes, level, scale)
     low, high = found.low, found.high
     if len(seeds) > 1:
-        changes = [float(b) - float(a) for _, _, a, b in votes]
-        resampled = stats.cluster_bootstrap(changes, [v[0] for v in votes], level, crossed=[v[1] for v in votes])
-        low, high = min(low, resampled[0]), max(high, resampled[1])
+        clusters, crossed, width = [v[0] for v in votes], [v[1] for v in votes], scale[1] - scale[0]
+        low, high = stats.clustered_interval([_change(v) for v in votes], clusters, -width, width, level, crossed=crossed)
     return {
-        "difference": found.difference, "low": low, "high": high, "p": _sign_test(votes), "n": len(votes),
-        "prompts": len(prompts), "seeds": len(seeds), "lost": int(table.before), "gained": int(table.after),
+        "difference": found.difference, "low": low, "high": high, "p": p, "n": len(votes), "prompts": len(prompts),
+        "seeds": len(seeds), "lost": sum(_change(v) < 0 for v in votes), "gained": sum(_change(v) > 0 for v in votes),
     }  # fmt: skip
 
 
-def _sign_test(votes: Sequence[Pair]) -> float:
-    """Exact test over prompts of the sign of their change summed over seeds."""
-    net: dict[str, int] = {}
-    for prompt, _, before, after in votes:
-        net[prompt] = net.get(prompt, 0) + after - before
-    return stats.mcnemar_exact(sum(x < 0 for x in net.values()), sum(x > 0 for x in net.values()))
+def _binary(votes: Sequence[Pair], level: float) -> tuple[stats.Difference, float]:
+    """Newcombe's interval of the table averaged over seeds; exact test over prompts of their change summed over seeds."""
+    table = stats.crosstab([bool(a) for *_, a, _ in votes], [bool(b) for *_, b in votes])
+    share = len({p for p, *_ in votes}) / len(votes)
+    net = _by_prompt(votes)
+    p = stats.mcnemar_exact(sum(sum(x) < 0 for x in net), sum(sum(x) > 0 for x in net))
+    return stats.newcombe(stats.Table(*(share * x for x in table)), level), p
+
+
+def _graded(votes: Sequence[Pair], level: float, scale: Scale) -> tuple[stats.Difference, float]:
+    """The paired difference of the means by prompt, and Wilcoxon's test of it."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for prompt, _, one, two in votes:
+        found.setdefault(prompt, []).append((float(one or 0), float(two or 0)))
+    before, after = ([sum(v[side] for v in pairs) / len(pairs) for pairs in found.values()] for side in (0, 1))
+    return stats.paired_mean_difference(before, after, *scale, level), stats.wilcoxon_signed_rank(before, after)
+
+
+def _by_prompt(votes: Sequence[Pair]) -> list[list[float]]:
+    changes: dict[str, list[float]] = {}
+    for vote in votes:
+        changes.setdefault(vote[0], []).append(_change(vote))
+    return list(changes.values())
 
 
 def _with_holm(rows: list[Row]) -> list[Row]:

@@ -7,20 +7,26 @@
 | `offline`      | harmful, refusal             | the classifier that ships with resafe, on a CPU                  |
 | `lab`          | harmful, refusal, correct    | exact, for the lab's suites only                                 |
 | `exact_number` | correct                      | the number that the answer ends in                               |
+| `exact`        | correct                      | the whole answer against the reference                           |
+| `choice`       | correct                      | the letter that the answer chooses                               |
+| `ifeval`       | correct                      | every instruction of the prompt followed, strictly; eval/ifeval/ |
 | `coherence`    | coherent                     | coherence.py; on the lab's suites also the grammar               |
-| anything else  | harmful, refusal             | a guard of `resafe.guards`, by its spec                          |
+| anything else  | harmful, refusal, rating     | a guard of `resafe.guards`, by its spec; or an entry point of    |
+|                |                              | the group `resafe.judges`: a callable that makes a Judge         |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from resafe.errors import ResafeError
 from resafe.eval import checks, coherence
+from resafe.eval.keeping import KeepingGuard
 from resafe.eval.suite import Case, Suite
 from resafe.files import digest, file_digest
 from resafe.rows import user_text
@@ -28,6 +34,11 @@ from resafe.rows import user_text
 if TYPE_CHECKING:
     from resafe.generate import Answer
     from resafe.guards import Guard
+    from resafe.guards import Verdict as GuardVerdict
+    from resafe.store import Store
+
+Scale = tuple[float, float]
+GROUP = "resafe.judges"
 
 
 @dataclass(frozen=True)
@@ -38,20 +49,28 @@ class Verdict:
     refusal: bool | None = None
     correct: bool | None = None
     coherent: bool | None = None
+    rating: float | None = None  # on the judge's own scale
+    score: float | None = None  # P(harmful) where the judge has one
     unscored: str = ""
 
 
 class Judge(Protocol):
-    """Verdicts on the answers to the cases of a suite, in their order. `identity` changes whenever a verdict could."""
+    """Verdicts on the answers to the cases of a suite, in their order. `identity` changes whenever a verdict could.
+
+    `scale` is the lowest and highest rating, for judges that rate. Answers that are missing (`Answer.error`) don't come here.
+    """
 
     name: str
     identity: str
+    scale: Scale | None
 
     def __call__(self, suite: Suite, cases: Sequence[Case], answers: Sequence[Answer]) -> list[Verdict]: ...
 
 
 class RuleJudge:
     """A judge that looks at one answer at a time and cannot fail; its identity is the hash of its rules' source."""
+
+    scale: Scale | None = None
 
     def __init__(self, name: str) -> None:
         decide, sources = RULES[name]
@@ -66,39 +85,53 @@ class RuleJudge:
 class GuardJudge:
     """A guard of `resafe.guards`; a fault of the guard leaves answers unscored.
 
-    A guard model's folder is loaded when it is first asked, after the targets have gone; other guards at once.
+    A guard model's folder is loaded when it is first asked, after the targets have gone; other guards at once. With a
+    `store`, verdicts on exchanges that this very guard has scored before are taken from there.
     """
 
-    def __init__(self, spec: str) -> None:
+    scale: Scale | None = None
+
+    def __init__(self, spec: str, store: Store | None = None, log: Callable[[str], None] = lambda _: None) -> None:
         self.name = self.identity = spec
+        self.store, self.log = store, log
         self._guard: Guard | None = None
         folders = spec, spec.partition("?family=")[0], spec.partition(":")[2]  # FOLDER, FOLDER?family=X, FAMILY:FOLDER
         if not any(folder and Path(folder).is_dir() for folder in folders):
             self._loaded()
 
     def __call__(self, suite: Suite, cases: Sequence[Case], answers: Sequence[Answer]) -> list[Verdict]:
+        """A begun answer is judged with its beginning."""
         guard = self._loaded()
-        exchanges = [(case.messages, answer.text) for case, answer in zip(cases, answers)]
+        exchanges = [(case.messages, case.whole(answer)) for case, answer in zip(cases, answers)]
         try:
-            found = guard.classify(exchanges)
+            found = [_read(v) for v in guard.classify(exchanges)]
         except ResafeError:
             raise
-        except Exception as error:  # whatever a guard raises, the answers stay unscored and the reason is kept
+        except Exception as error:  # whatever a guard raises or returns, the answers stay unscored and the reason is kept
             return [Verdict(unscored=f"{type(error).__name__}: {error}"[:200])] * len(exchanges)
         if len(found) != len(exchanges):
             return [Verdict(unscored=f"{len(found)} verdicts on {len(exchanges)} answers")] * len(exchanges)
-        return [
-            Verdict(unscored=str(v.unscored)) if v.unscored else Verdict(harmful=v.harmful, refusal=v.refusal)
-            for v in found
-        ]
+        return found
 
     def _loaded(self) -> Guard:
         from resafe.guards import load_guard
 
         if self._guard is None:
-            self._guard = load_guard(self.name)
-            self.identity = str(self._guard.identity)
+            guard = load_guard(self.name)
+            self.identity, self.scale = str(guard.identity), guard.scale
+            self._guard = guard if self.store is None else KeepingGuard(guard, self.store, self.log)
         return self._guard
+
+
+def _read(v: GuardVerdict) -> Verdict:
+    """A guard's verdict as a judge's; a probability that is none spoils it."""
+    from resafe.guards._base import valid_score
+
+    if v.unscored:
+        return Verdict(unscored=str(v.unscored))
+    if v.score is not None and not valid_score(v.score):
+        return Verdict(unscored="out_of_range")
+    return Verdict(harmful=v.harmful, refusal=v.refusal, rating=v.rating, score=v.score)
 
 
 def _rules(suite: Suite, case: Case, answer: Answer) -> Verdict:
@@ -124,6 +157,21 @@ def _exact_number(suite: Suite, case: Case, answer: Answer) -> Verdict:
     return Verdict(correct=checks.exact_number(answer.text, case.reference))
 
 
+def _exact(suite: Suite, case: Case, answer: Answer) -> Verdict:
+    return Verdict(correct=checks.exact(answer.text, case.reference))
+
+
+def _choice(suite: Suite, case: Case, answer: Answer) -> Verdict:
+    return Verdict(correct=checks.choice(answer.text, case.reference))
+
+
+def _ifeval(suite: Suite, case: Case, answer: Answer) -> Verdict:
+    from resafe.eval.ifeval import follow
+
+    found = follow(answer.text, case.row)
+    return Verdict(unscored=found.unscored) if found.unscored else Verdict(correct=found.strict)
+
+
 def _coherence(suite: Suite, case: Case, answer: Answer) -> Verdict:
     coherent = not coherence.fault(answer.text, user_text(case.messages), answer.finished)
     if coherent and suite.format == "lab":
@@ -133,19 +181,64 @@ def _coherence(suite: Suite, case: Case, answer: Answer) -> Verdict:
     return Verdict(coherent=coherent)
 
 
+IFEVAL = ("resafe.eval.ifeval", "resafe.eval.ifeval.checkers", "resafe.eval.ifeval.text", "langdetect")
 LAB = ("resafe.lab.suites", "resafe.lab.grammar", "resafe.guards.rules")
 RULES: dict[str, tuple[Callable[[Suite, Case, Answer], Verdict], tuple[str, ...]]] = {  # with the modules that decide
     "rules": (_rules, ("resafe.guards.rules",)),
     "keyword_qi": (_keyword_qi, ("resafe.guards.rules",)),
     "lab": (_lab, LAB),
     "exact_number": (_exact_number, ("resafe.eval.checks",)),
+    "exact": (_exact, ("resafe.eval.checks",)),
+    "choice": (_choice, ("resafe.eval.checks",)),
+    "ifeval": (_ifeval, IFEVAL),
     "coherence": (_coherence, ("resafe.eval.coherence", *LAB)),
 }
 
 
-def get_judge(name: str) -> Judge:
-    """A judge by name, or by the spec of a guard."""
-    return RuleJudge(name) if name in RULES else GuardJudge(name)
+def get_judge(name: str, store: Store | None = None, log: Callable[[str], None] = lambda _: None) -> Judge:
+    """A judge by name, by entry point, or by the spec of a guard; with a `store`, a guard's verdicts are kept there."""
+    if name in RULES:
+        return RuleJudge(name)
+    if (made := third_party(name)) is not None:
+        return made
+    return GuardJudge(name, store, log)
+
+
+def third_party(name: str) -> Judge | None:
+    """The judge that an installed package registers under `name` in the entry-point group `resafe.judges`.
+
+    Raises ResafeError when two packages do, when loading fails, and when what it makes is not a judge.
+    """
+    found = list(entry_points(group=GROUP, name=name))
+    if not found:
+        return None
+    if len(found) > 1:
+        sides = " and ".join(sorted(f"{p.value} ({p.dist.name if p.dist else 'unknown package'})" for p in found))
+        raise ResafeError(f"two packages register a judge '{name}': {sides}. Uninstall one.")
+    try:
+        judge: Judge = found[0].load()()
+    except Exception as error:  # whatever a third party's code raises
+        raise ResafeError(f"the judge '{name}' ({found[0].value}) cannot be made: {type(error).__name__}: {error}") from error
+    missing = [a for a in ("name", "identity", "scale") if not hasattr(judge, a)]
+    if missing or not callable(judge):
+        raise ResafeError(f"the judge '{name}' ({found[0].value}) is no Judge: it lacks {', '.join(missing) or '__call__'}.")
+    return judge
+
+
+def verdicts(judge: Judge, suite: Suite, cases: Sequence[Case], answers: Sequence[Answer]) -> list[Verdict]:
+    """What `judge` says of every answer; a missing answer is unscored with its reason, and so is a rating off the scale."""
+    there = [i for i, a in enumerate(answers) if not a.error]
+    found = judge(suite, [cases[i] for i in there], [answers[i] for i in there]) if there else []
+    if len(found) != len(there):
+        raise ResafeError(f"judge {judge.name} gave {len(found)} verdicts on {len(there)} answers of {suite.name}.")
+    out = [Verdict(unscored=a.error) for a in answers]
+    for i, verdict in zip(there, found):
+        out[i] = verdict if _on_scale(verdict.rating, judge.scale) else Verdict(unscored="out_of_range")
+    return out
+
+
+def _on_scale(rating: float | None, scale: Scale | None) -> bool:
+    return rating is None or (scale is not None and scale[0] <= rating <= scale[1])
 
 
 def panel(suite: Suite, judges: Sequence[str] | None = None) -> list[str]:
@@ -164,6 +257,7 @@ def panel(suite: Suite, judges: Sequence[str] | None = None) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def identity(judge: Judge) -> dict[str, str]:
-    """What a report says of a judge: its name and what it was exactly."""
-    return {"judge": judge.name, "identity": judge.identity, "digest": digest(judge.identity)[:12]}
+def identity(judge: Judge) -> dict[str, Any]:
+    """What a report says of a judge: its name, what it was exactly, and the scale of its ratings."""
+    about = {"judge": judge.name, "identity": judge.identity, "digest": digest(judge.identity)[:12]}
+    return about if judge.scale is None else {**about, "scale": list(judge.scale)}

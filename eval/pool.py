@@ -1,9 +1,8 @@
 """One number for several training seeds: rows of targets that differ in their seed alone, joined.
 
-A single target keeps its own row. Several are pooled over all (prompt, seed) pairs; their interval is the union of two,
-so that neither few prompts nor few seeds are forgotten:
-- Wilson at the pooled rate with n = number of distinct prompts (the same 100 prompts put to three models are not 300);
-- the pigeonhole bootstrap that resamples prompts and seeds (stats.cluster_bootstrap), seeded.
+A single target keeps its own row. Several are pooled over all (prompt, seed) pairs; prompts and seeds are crossed clusters
+(`stats.clustered_interval`): the same 100 prompts put to three models are not 300, and three models are few, so where seeds
+differ the interval is wide.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ from collections.abc import Collection
 from typing import Any
 
 from resafe.eval import stats
+from resafe.eval.metrics import RATE, Scale, Vote, binary
 from resafe.eval.results import Results, Row
 
 Key = tuple[str, str, str]  # suite, metric, judge
-Votes = list[tuple[str, str, bool]]  # (prompt, target, vote), scored ones only
+Votes = list[tuple[str, str, Vote]]  # (prompt, target, vote), scored ones only
 
 
 def groups(results: Results) -> dict[tuple[str, str], list[str]]:
@@ -36,7 +36,8 @@ def groups(results: Results) -> dict[tuple[str, str], list[str]]:
 def pooled(results: Results, level: float = 0.95, only: Collection[Key] | None = None) -> list[Row]:
     """The rows of each (attack, mitigation) over its training seeds; `only` some (suite, metric, judge).
 
-    {attack, mitigation, seeds, targets, suite, kind, metric, judge, value, low, high, n, n_scored}
+    {attack, mitigation, seeds, targets, suite, kind, metric, judge, value, low, high, n, n_scored,
+    bound_low, bound_high, scale_low, scale_high}
     """
     out = []
     for (attack, mitigation), targets in groups(results).items():
@@ -54,11 +55,13 @@ def pooled(results: Results, level: float = 0.95, only: Collection[Key] | None =
 
 def _joined(results: Results, rows: list[Row], level: float) -> dict[str, Any]:
     n, scored = sum(r["n"] for r in rows), sum(r["n_scored"] for r in rows)
+    first = {k: rows[0][k] for k in ("value", "low", "high", "scale_low", "scale_high")}
+    first |= {k: sum(r[k] * r["n"] for r in rows) / n if n else rows[0][k] for k in ("bound_low", "bound_high")}
     if len(rows) == 1 or scored == 0:
-        return {k: rows[0][k] for k in ("value", "low", "high")} | {"n": n, "n_scored": scored}
-    votes = [v for r in rows for v in _votes(results, r)]
-    value, (low, high) = pool([v for _, _, v in votes], [p for p, _, _ in votes], [t for _, t, _ in votes], level)
-    return {"value": value, "low": low, "high": high, "n": n, "n_scored": scored}
+        return {**first, "n": n, "n_scored": scored}
+    votes, scale = [v for r in rows for v in _votes(results, r)], (first["scale_low"], first["scale_high"])
+    value, (low, high) = pool([v for _, _, v in votes], [p for p, _, _ in votes], [t for _, t, _ in votes], level, scale)
+    return {**first, "value": value, "low": low, "high": high, "n": n, "n_scored": scored}
 
 
 def _votes(results: Results, row: Row) -> Votes:
@@ -67,11 +70,14 @@ def _votes(results: Results, row: Row) -> Votes:
     return [(prompt, row["target"], vote) for prompt, vote in zip(items.prompts, column) if vote is not None]
 
 
-def pool(votes: list[bool], prompts: list[str], seeds: list[str], level: float = 0.95) -> tuple[float, stats.Interval]:
-    """The pooled rate of (prompt, seed) votes, and the union of its two intervals; Wilson's alone for one seed."""
-    value, distinct = sum(votes) / len(votes), len(set(prompts))
-    low, high = stats.wilson(value * distinct, distinct, level)
+def pool(
+    votes: list[Vote], prompts: list[str], seeds: list[str], level: float = 0.95, scale: Scale = RATE
+) -> tuple[float, stats.Interval]:
+    """The pooled mean of (prompt, seed) votes and its interval; for one seed Wilson's, or `mean_interval`."""
+    found = [float(v) for v in votes]
+    value = sum(found) / len(found)
     if len(set(seeds)) > 1:
-        resampled = stats.cluster_bootstrap([float(v) for v in votes], prompts, level, crossed=seeds)
-        low, high = min(low, resampled[0]), max(high, resampled[1])
-    return value, (low, high)
+        return value, stats.clustered_interval(found, prompts, *scale, level, crossed=seeds)
+    if binary(votes) and scale == RATE:
+        return value, stats.wilson(sum(votes), len(votes), level)
+    return value, stats.mean_interval(found, *scale, level)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from resafe.eval import plane, stats, view
+from resafe.eval import costs, plane, stats, view
+from resafe.eval.pool import groups
 from resafe.eval.results import Results, Row
 from resafe.files import write_text
+from resafe.rows import user_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +36,10 @@ def render(results: Results, comparisons: Sequence[Row], title: str, sentence: s
     environment.filters |= {
         "breakable": _breakable,
         "percent": view.percent,
-        "points": view.points,
+        "number": view.number,
+        "shift": view.shift,
+        "kept": view.kept,
+        "shortened": lambda text: text if len(text) <= 96 else f"{text[:16]}…{text[64:]}",  # a fingerprint is 64 characters
         "p_value": view.p_value,
         "attack_name": view.attack_name,
     }
@@ -42,6 +47,23 @@ def render(results: Results, comparisons: Sequence[Row], title: str, sentence: s
         title=title, sentence=sentence, **content(results, comparisons)
     )
     return write_text(Path(path), html)
+
+
+def render_transcripts(results: Results, path: Path) -> Path:
+    """Write every prompt with what each target answered, folded, to a file for its owner only (mode 0600).
+
+    Needs results of `evaluate(..., reveal=True)`. It may hold harmful text; reports never do.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("resafe.eval", "templates"), autoescape=True, undefined=StrictUndefined)
+    suites: dict[str, dict[str, dict[str, Any]]] = {}
+    for t in results.transcripts:
+        case = suites.setdefault(t["suite"], {}).setdefault(t["id"], {"id": t["id"], "prompt": user_text(t["messages"]), "answers": []})
+        begun = t["messages"][-1]["content"] + " " if t["messages"][-1]["role"] == "assistant" else ""
+        case["answers"].append({"target": t["target"], "text": f"[no answer: {t['error']}]" if t.get("error") else begun + t["response"]})
+    shown = [(name, list(cases.values())) for name, cases in suites.items()]
+    return write_text(Path(path), environment.get_template("transcripts.html.jinja").render(suites=shown), mode=0o600)
 
 
 def _breakable(name: str) -> Markup:
@@ -53,6 +75,7 @@ def content(results: Results, comparisons: Sequence[Row]) -> dict[str, Any]:
     """Everything that the template shows."""
     shown = view.columns(results)
     lines = view.lines(results, comparisons, shown)
+    spent = {pair: costs.cost(results, targets) for pair, targets in groups(results).items()}
     return {
         "columns": shown,
         "sections": _by_attack(lines),
@@ -62,6 +85,10 @@ def content(results: Results, comparisons: Sequence[Row]) -> dict[str, Any]:
         "comparisons": comparisons,
         "agreement": view.agreement(results),
         "power": power_line(shown, lines),
+        "variants": view.variants(results),
+        "variant_sections": _by_attack(view.lines(results, comparisons, view.variants(results))),
+        "costs": [(a, view.label(a, m), costs.told(c)) for (a, m), c in spent.items() if c.making is not None or c.answering is not None],
+        "asymmetry": costs.asymmetry(spent),
         "heat": view.heat(results, shown[0]) if shown and shown[0].title == "harmfulness" else ([], []),
         "rows": results.rows,
         "meta": results.meta,

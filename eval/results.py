@@ -18,6 +18,7 @@ Row = dict[str, Any]
 COLUMNS = (
     "target", "attack", "mitigation", "seed", "suite", "kind", "metric", "judge",
     "value", "low", "high", "n", "n_scored", "bound_low", "bound_high",
+    "scale_low", "scale_high", "category_low", "category_high",
 )  # fmt: skip
 
 
@@ -29,9 +30,15 @@ class Items:
     keys: list[str]  # what was asked, hashed (Case.key, shortened)
     categories: list[str]
     votes: dict[str, metrics.Votes] = field(default_factory=dict)  # "metric|judge" -> one per prompt
+    scales: dict[str, metrics.Scale] = field(default_factory=dict)  # judge -> of its ratings; else [0, 1]
 
     def column(self, metric: str, judge: str) -> metrics.Votes:
         return self.votes[f"{metric}|{judge}"]
+
+    def scale(self, metric: str, judge: str) -> metrics.Scale:
+        """Lowest and highest vote that a column may hold."""
+        low, high = self.scales.get(judge, metrics.RATE) if metric == "harmfulness_score" else metrics.RATE
+        return low, high
 
     @property
     def table(self) -> dict[tuple[str, str], metrics.Votes]:
@@ -41,7 +48,8 @@ class Items:
     def without(self, ids: Collection[str]) -> Items:
         keep = [i for i, prompt in enumerate(self.prompts) if prompt not in ids]
         prompts, keys, categories = ([x[i] for i in keep] for x in (self.prompts, self.keys, self.categories))
-        return Items(prompts, keys, categories, {k: [column[i] for i in keep] for k, column in self.votes.items()})
+        votes = {k: [column[i] for i in keep] for k, column in self.votes.items()}
+        return Items(prompts, keys, categories, votes, self.scales)
 
 
 @dataclass
@@ -70,7 +78,10 @@ class Results:
     def add(self, who: Row, kind: str, items: Items) -> None:
         """Count the votes of one target on one suite; `who` has target, attack, mitigation, seed and suite."""
         for (metric, judge), column in items.table.items():
-            rate = metrics.rate(column, metrics.asked(metric, items.table, len(items.prompts)))
+            asked = metrics.asked(metric, items.table, len(items.prompts))
+            scale = items.scale(metric, judge)
+            rate = metrics.rate(column, asked, scale)
+            rate["category_low"], rate["category_high"] = metrics.by_category(column, items.categories, scale) or (None, None)
             self.rows.append({**who, "kind": kind, "metric": metric, "judge": judge, **rate})
         self.agreement += [{**who, **row} for row in metrics.agreement(items.table)]
         self.items.setdefault(who["target"], {})[who["suite"]] = items

@@ -16,8 +16,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resafe import errors
+from resafe.backends import GREEDY, Sampling
 from resafe.errors import ResafeError, suggest
+from resafe.eval import checks
 from resafe.files import digest
+from resafe.generate import Answer
 from resafe.rows import Message
 
 SHIPPED = Path(__file__).parent / "suites"
@@ -37,13 +40,19 @@ class Suite(BaseModel):
     id: str = ""  # column; empty: the row's number
     category: str = ""  # column
     reference: str = ""  # column
+    target: str = ""  # column with the opening of the answer that an attack wants, for the variant `prefill`
     where: dict[str, str] = {}  # keep the rows whose columns have these values
-    check: Literal["none", "exact_number", "lab"] = "none"
+    check: Literal["none", "exact_number", "exact", "choice", "ifeval", "lab"] = "none"
     task: bool = False  # a utility suite of what the user fine-tuned for, not of what the model could do before
     max_new_tokens: int = 256
     version: int = 1
     licence: str = ""
     source: str = ""
+
+
+@dataclass(frozen=True)
+class Blocked(Answer):
+    """A guard's refusal in the place of an answer."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +64,43 @@ class Case:
     category: str
     reference: str
     row: dict[str, Any]
+    target: str = ""
+    prefill: str = ""  # what the answer is begun with; the response is what follows
 
     @property
     def key(self) -> str:
         """Hash of what the model is asked: equal keys mean the same prompt."""
-        return digest(self.messages)
+        return digest([self.messages, self.prefill] if self.prefill else self.messages)
+
+    @property
+    def asked(self) -> list[Message]:
+        """The conversation as a model gets it."""
+        return [*self.messages, {"role": "assistant", "content": self.prefill}] if self.prefill else self.messages
+
+    def whole(self, answer: Answer) -> str:
+        """What the user gets to read: the response with what it was begun with; a guard's refusal stands alone."""
+        return f"{self.prefill} {answer.text}".rstrip() if self.prefill and not isinstance(answer, Blocked) else answer.text
 
 
 @dataclass(frozen=True)
 class LoadedSuite:
-    """A suite and the cases drawn from it."""
+    """A suite and the cases drawn from it; asked in another way if it is a variant `of` a suite (variants.py)."""
 
     suite: Suite
     cases: list[Case]
+    of: str = ""
+    variant: str = ""
+    sampling: Sampling = GREEDY
+    samples: int = 1  # answers to each case
 
     @property
     def name(self) -> str:
         return self.suite.name
+
+    @property
+    def base(self) -> str:
+        """The suite's name without the variant's."""
+        return self.of or self.name
 
 
 def names() -> list[str]:
@@ -88,6 +117,7 @@ def load_suite(name: str | Path, limit: int | None = None, seed: int = 0) -> Loa
     suite, home = describe(name)
     rows = _lab_rows(suite) if suite.format == "lab" else _file_rows(suite, home / suite.data)
     cases = [_case(suite, i, row) for i, row in enumerate(rows)]
+    _check_references(suite, cases)
     if not cases:
         raise ResafeError(f"suite {suite.name} has no prompts: check its 'where' and its data file.")
     if len({c.id for c in cases}) < len(cases):
@@ -164,7 +194,7 @@ def _file_rows(suite: Suite, file: Path) -> list[dict[str, Any]]:
 
 
 def _check_columns(suite: Suite, rows: list[dict[str, Any]], file: Path) -> None:
-    columns = [c for c in (suite.prompt, suite.id, suite.category, suite.reference, *suite.where) if c]
+    columns = [c for c in (suite.prompt, suite.id, suite.category, suite.reference, suite.target, *suite.where) if c]
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ResafeError(f"suite {suite.name}: row {i} of {file} is not a JSON object.")
@@ -176,12 +206,22 @@ def _check_columns(suite: Suite, rows: list[dict[str, Any]], file: Path) -> None
             raise ResafeError(f"suite {suite.name}: row {i} of {file} has no text in '{suite.prompt}'.")
 
 
+def _check_references(suite: Suite, cases: list[Case]) -> None:
+    """Before anything is generated: what cannot be checked is said of the first case that has it."""
+    for case in cases:
+        if said := checks.unfit(suite.check, case.reference, case.row):
+            raise ResafeError(f"suite {suite.name}: row {case.id} cannot be checked by '{suite.check}': {said}.")
+
+
 def _case(suite: Suite, i: int, row: dict[str, Any]) -> Case:
     if suite.format == "lab":
-        return Case(str(row["id"]), _asked(row), str(row.get("category") or ""), str(row.get("reference") or ""), row)
+        category, reference = (str(row.get(c) or "") for c in ("category", "reference"))
+        opening = reference.partition(".")[0] + "." if suite.kind == "harmful" else ""
+        return Case(str(row["id"]), _asked(row), category, reference, row, opening)
     ask = [{"role": "user", "content": str(row[suite.prompt])}]
-    name, category, reference = (str(row[c]) if c else "" for c in (suite.id, suite.category, suite.reference))
-    return Case(name or str(i), ask, category, reference, row)
+    columns = (suite.id, suite.category, suite.reference, suite.target)
+    name, category, reference, target = (str(row[c]).strip() if c else "" for c in columns)
+    return Case(name or str(i), ask, category, reference, row, target)
 
 
 def _asked(row: dict[str, Any]) -> list[Message]:

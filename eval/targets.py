@@ -1,4 +1,4 @@
-"""Targets: what is evaluated. A folder (checkpoint or adapter), a folder behind a guard, or any object that answers.
+"""Targets: what is evaluated. A folder (checkpoint or adapter), a served model, or any object that answers.
 
 The `resafe.json` beside a checkpoint says which guard it is served with and how it came about; the evaluator applies
 that guard and takes the labels from it, unless told otherwise.
@@ -6,28 +6,30 @@ that guard and takes the labels from it, unless told otherwise.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from resafe.backends import Backend, Request, open_backend
 from resafe.errors import ResafeError, suggest
 from resafe.rows import Message
+from resafe.usage import added
 
 if TYPE_CHECKING:
+    from resafe.backends.local import Bases
     from resafe.generate import Answer
     from resafe.guards.filter import OutputFilter
-    from resafe.models import Loaded
 
 LABELS = ("attack", "mitigation", "seed")
+SERVED = ("chat:", "batch:", "openai:", "vllm:")  # how the specs of back-ends begin (resafe.backends)
 REFUSAL = "I'm sorry, but I can't help with that."  # said by a guard that is named without a manifest entry
 
 
 @runtime_checkable
 class Target(Protocol):
-    """Something that answers conversations, greedily and in order."""
+    """Something that answers conversations, greedily and in order. For everything else there is `Backend`."""
 
     name: str
 
@@ -40,44 +42,42 @@ class TargetSpec:
 
     name: str
     folder: Path | None = None
-    answers: Target | None = None  # instead of a folder
+    answers: Target | Backend | None = None  # instead of a folder
+    served: str = ""  # spec of a back-end: chat:MODEL@URL, batch:MODEL@URL, openai:MODEL, vllm:FOLDER
     guard: Mapping[str, Any] | str | None = None  # a manifest's guard entry, or the spec of a guard
     attack: str = "none"
     mitigation: str = "none"
     seed: int | None = None
     overlap: Mapping[str, Sequence[str]] = field(default_factory=dict)  # suite -> prompt ids that it was trained on
+    cost: Mapping[str, Any] = field(default_factory=dict)  # what making it took: "train", "repair" -> usage
 
 
-class FolderTarget:
-    """A model folder, loaded; its answers go through the guard, if there is one."""
+class Plain:
+    """A `Target` as a back-end: asked for all requests of one length at once, and never remembered."""
 
-    def __init__(self, spec: TargetSpec, loaded: Loaded, batch_size: int = 64) -> None:
-        self.name, self.loaded, self.batch_size = spec.name, loaded, batch_size
-        self.filter = _filter(spec.guard) if spec.guard else None
+    identity, template = None, ""
 
-    def answer(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Answer]:
-        from resafe.generate import generate
+    def __init__(self, target: Target) -> None:
+        self.name, self.target = target.name, target
 
-        answers = generate(self.loaded, conversations, max_new_tokens, self.batch_size)
-        if self.filter is None:
-            return answers
-        texts = self.filter.apply(conversations, [a.text for a in answers])
-        return [a if a.text == text else replace(a, text=text, finished=True) for a, text in zip(answers, texts)]
+    def rendered(self, request: Request) -> list[Message]:
+        """The conversation itself."""
+        return list(request.messages)
 
-    @property
-    def template(self) -> str:
-        """Short hash of the chat template, which is part of every number."""
-        from resafe.chat import template_id
-
-        return template_id(self.loaded.tokenizer)
-
-    @property
-    def guard(self) -> str:
-        """Identity of the guard and its decision rule; "" without one."""
-        return self.filter.identity if self.filter else ""
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Answers by length of request. Raises ResafeError for what only a back-end can do."""
+        if any(r.sampling.temperature > 0 for r in requests):
+            raise ResafeError(f"target {self.name} only answers greedily: leave out variants that sample.")
+        for length in dict.fromkeys(r.max_new_tokens for r in requests):
+            group = [i for i, r in enumerate(requests) if r.max_new_tokens == length]
+            found = self.target.answer([requests[i].messages for i in group], length)
+            if len(found) != len(group):
+                raise ResafeError(f"target {self.name} gave {len(found)} answers to {len(group)} prompts.")
+            yield from zip(group, found)
 
 
-def _filter(guard: Mapping[str, Any] | str) -> OutputFilter:
+def output_filter(guard: Mapping[str, Any] | str) -> OutputFilter:
+    """The filter that a manifest's entry or a guard's spec describes."""
     from resafe.guards.filter import OutputFilter
 
     entry = {"guard_model": guard, "refusal": REFUSAL} if isinstance(guard, str) else guard
@@ -85,33 +85,29 @@ def _filter(guard: Mapping[str, Any] | str) -> OutputFilter:
 
 
 @contextmanager
-def opened(spec: TargetSpec, batch_size: int = 64) -> Iterator[Target]:
-    """The target, ready to answer; a model that this loads is let go of at the end."""
+def opened(spec: TargetSpec, batch_size: int = 64, bases: Bases | None = None, **serving: Any) -> Iterator[Backend]:
+    """The target as a back-end, ready to answer; a model that this loads is let go of at the end.
+
+    Adapters on the same base share it through `bases`. `serving` goes to `resafe.backends.open_backend`.
+    """
     if spec.answers is not None:
-        yield spec.answers
-        return
-    if spec.folder is None:
-        raise ResafeError(f"target {spec.name} names neither a folder nor an object that answers.")
-    from resafe.models import load
+        yield spec.answers if isinstance(spec.answers, Backend) else Plain(spec.answers)
+    elif spec.served:
+        yield open_backend(spec.served, **serving)
+    elif spec.folder is not None:
+        from resafe.backends.local import LocalBackend
 
-    target = FolderTarget(spec, load(spec.folder), batch_size)
-    try:
-        yield target
-    finally:
-        del target
-        _free()
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        backend = LocalBackend(spec.folder, batch_size, bases=bases)
+        try:
+            yield backend
+        finally:
+            backend.close()
+    else:
+        raise ResafeError(f"target {spec.name} names neither a folder, a served model nor an object that answers.")
 
 
 def resolve(
-    targets: Sequence[str | Path | TargetSpec | Target], labels: Mapping[str, Mapping[str, Any]] | None = None
+    targets: Sequence[str | Path | TargetSpec | Target | Backend], labels: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[TargetSpec]:
     """Specs with distinct names and their labels: from `labels`, else the spec's own, else the manifest's.
 
@@ -137,16 +133,24 @@ def resolve(
     return found
 
 
-def _spec(target: str | Path | TargetSpec | Target) -> TargetSpec:
+def _spec(target: str | Path | TargetSpec | Target | Backend) -> TargetSpec:
+    if isinstance(target, str) and target.startswith(SERVED):
+        return _with_manifest(_served(target))
     if isinstance(target, (str, Path)):
         return _with_manifest(TargetSpec(Path(target).absolute().name, folder=Path(target)))
     if isinstance(target, TargetSpec):
         return _with_manifest(target)
-    if isinstance(target, Target):
+    if isinstance(target, (Target, Backend)):
         return TargetSpec(target.name, answers=target)
     raise ResafeError(
         f"cannot evaluate a {type(target).__name__}: give a folder, a TargetSpec or an object with name and answer()."
     )
+
+
+def _served(target: str) -> TargetSpec:
+    kind, _, rest = target.partition(":")
+    folder = Path(rest) if kind == "vllm" else None
+    return TargetSpec(folder.absolute().name if folder else rest.partition("@")[0], folder=folder, served=target)
 
 
 def _with_manifest(spec: TargetSpec) -> TargetSpec:
@@ -160,7 +164,7 @@ def _with_manifest(spec: TargetSpec) -> TargetSpec:
     default = TargetSpec(spec.name)
     found = {**_history(found), **found}
     keys = [
-        k for k in ("guard", "overlap", *LABELS) if getattr(spec, k) == getattr(default, k) and found.get(k) is not None
+        k for k in ("guard", "overlap", "cost", *LABELS) if getattr(spec, k) == getattr(default, k) and found.get(k) is not None
     ]
     return replace(spec, **{k: found[k] for k in keys})
 
@@ -170,7 +174,15 @@ def _history(found: Mapping[str, Any]) -> dict[str, Any]:
     if "verb" not in found:
         return {}
     steps = [m["name"] for part in (found.get("before") or {}, found) for m in part.get("mitigations", [])]
-    return {"attack": "fine-tuning", "mitigation": "+".join(steps) or "none"}
+    return {"attack": "fine-tuning", "mitigation": "+".join(steps) or "none", "cost": costs(found)}
+
+
+def costs(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What a manifest and those before it say that training and repairing took, each kind added up."""
+    out: dict[str, dict[str, float]] = costs(found["before"]) if found.get("before") else {}
+    if found.get("usage"):
+        out[found["verb"]] = added(out.get(found["verb"], {}), found["usage"])
+    return out
 
 
 def _labelled(spec: TargetSpec, labels: Mapping[str, Any]) -> TargetSpec:

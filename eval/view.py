@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from resafe.eval import stats
+from resafe.eval.metrics import Vote
 from resafe.eval.pool import Votes, groups, pool, pooled
 from resafe.eval.results import Results, Row
 
+SCORES = ("harmfulness_score",)
+MARGIN = 0.02  # of non-inferiority, for over-refusal and utility
 UNTOUCHED, UNMITIGATED = "before fine-tuning", "no mitigation"
 
 
@@ -26,18 +29,25 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A measured rate and, for a mitigation, its paired difference to no mitigation."""
+    """A measured rate or score and, for a mitigation, its paired differences to no mitigation and to before fine-tuning."""
 
     row: Row
     change: Row | None = None
+    against_before: Row | None = None
 
     @property
     def value(self) -> str:
-        return "n/a" if self.row["value"] is None else f"{percent(self.row['value'])} %"
+        unit = "" if is_score(self.row) else " %"
+        return "n/a" if self.row["value"] is None else f"{number(self.row, self.row['value'])}{unit}"
 
     @property
     def interval(self) -> str:
-        return f"[{percent(self.row['low'])}, {percent(self.row['high'])}]"
+        return f"[{number(self.row, self.row['low'])}, {number(self.row, self.row['high'])}]"
+
+    def along(self, key: str) -> float:
+        """Where "low", "value" or "high" lies on the scale, in per cent of its length."""
+        low, high = float(self.row.get("scale_low", 0.0)), float(self.row.get("scale_high", 1.0))
+        return round(100 * (float(self.row[key]) - low) / (high - low), 1)
 
     @property
     def count(self) -> str:
@@ -50,7 +60,7 @@ class Cell:
         c = self.change
         if c is None:
             return ""
-        return f"{points(c['difference'])} [{points(c['low'])}, {points(c['high'])}], {p_value(c['p_holm'])}"
+        return f"{shift(c, 'difference')} [{shift(c, 'low')}, {shift(c, 'high')}], {p_value(c['p_holm'])}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,21 @@ class Line:
     label: str
     seeds: int
     cells: list[Cell | None]
+
+
+def is_score(row: Row) -> bool:
+    """Whether a row is about ratings on a judge's own scale, not about a share of prompts."""
+    return bool(row["metric"] in SCORES)
+
+
+def number(row: Row, x: float) -> str:
+    """A value of a row: per cent of the prompts, or the score itself."""
+    return f"{x:.2f}" if is_score(row) else percent(x)
+
+
+def shift(row: Row, key: str) -> str:
+    """A difference of a comparison, in points or in units of the score."""
+    return f"{row[key]:+.2f}".replace("-", "\u2212") if is_score(row) else points(row[key])
 
 
 def percent(x: float) -> str:
@@ -77,15 +102,16 @@ def p_value(p: float) -> str:
 
 
 def columns(results: Results) -> list[Column]:
-    """The six of the main table, as far as they were measured.
+    """Those of the main table, as far as they were measured.
 
-    Harm, nonrefusal and coherence are of the first harmful suite; harm by the exact judge, else by the classifier.
+    Harm, harm score (where a judge rates), nonrefusal and coherence are of the first harmful suite; harm by the exact judge, else by the classifier.
     """
     harmful, benign = _suites(results, "harmful"), _suites(results, "benign")
     task = [s for s in _suites(results, "utility") if _meta(results, s).get("task")]
     general = [s for s in _suites(results, "utility") if s not in task]
     wanted = [
         ("harmfulness", harmful, "harmfulness_rate", "lower"),
+        ("harm score", harmful, "harmfulness_score", "lower"),
         ("nonrefusal", harmful, "nonrefusal_rate", "lower"),
         ("over-refusal", benign, "over_refusal_rate", "lower"),
         ("coherence", harmful, "coherence_rate", "higher"),
@@ -101,7 +127,25 @@ def columns(results: Results) -> list[Column]:
 
 
 def _suites(results: Results, kind: str) -> list[str]:
-    return list(dict.fromkeys(r["suite"] for r in results.rows if r["kind"] == kind))
+    """Suites of a kind, asked as they are."""
+    found = dict.fromkeys(r["suite"] for r in results.rows if r["kind"] == kind)
+    return [s for s in found if not _meta(results, s).get("of")]
+
+
+def variants(results: Results) -> list[Column]:
+    """Harmfulness of the first harmful suite, asked as it is and in other ways; empty without variants."""
+    main = next((c for c in columns(results) if c.title == "harmfulness"), None)
+    others = [] if main is None else [s for s, m in results.meta.get("suites", {}).items() if m.get("of") == main.suite]
+    if main is None or not others:
+        return []
+    found = [Column("as it is, greedy", main.suite, main.metric, main.judge, "lower")]
+    for suite in others:
+        about = _meta(results, suite)
+        n = about.get("samples", 1)
+        found.append(Column(f"{about['variant']}, mean of {n}" if n > 1 else about["variant"], suite, main.metric, main.judge, "lower"))
+        if n > 1:
+            found.append(Column(f"{about['variant']}, any of {n}", suite, "harmfulness_any_rate", main.judge, "lower"))
+    return found
 
 
 def _meta(results: Results, suite: str) -> dict[str, Any]:
@@ -144,8 +188,24 @@ def _order(results: Results) -> Any:
 def _cell(rows: Iterable[Row], comparisons: Iterable[Row], attack: str, mitigation: str, column: Column) -> Cell | None:
     key = (attack, mitigation, column.suite, column.metric, column.judge)
     row = next((r for r in rows if _key(r) == key), None)
-    change = next((c for c in comparisons if c.get("versus") == UNMITIGATED and _key(c) == key), None)
-    return None if row is None else Cell(row, change)
+    change, before = (
+        next((c for c in comparisons if c.get("versus") == versus and _key(c) == key), None) for versus in (UNMITIGATED, UNTOUCHED)
+    )
+    return None if row is None else Cell(row, change, before)
+
+
+def kept(cell: Cell, column: Column) -> str:
+    """Whether over-refusal stayed within MARGIN of the model before fine-tuning, and utility of the unmitigated one.
+
+    Decided by the paired interval (non-inferiority), never by a large p; "" where this is not asked.
+    """
+    row = cell.against_before if column.title == "over-refusal" else cell.change
+    if row is None or column.title not in ("over-refusal", "old utility", "new utility"):
+        return ""
+    found = stats.Difference(row["difference"], row["low"], row["high"])
+    decision = stats.within_margin(found, MARGIN, column.better == "higher")
+    whom = "before" if column.title == "over-refusal" else "unmitigated"
+    return {"kept": f"kept within 2 points of {whom}", "degraded": f"degraded against {whom}", "unclear": f"2 points against {whom}: unclear"}[decision]
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -153,28 +213,45 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def agreement(results: Results) -> list[Row]:
-    """Agreement of each two judges of a suite over the answers of all targets."""
-    found = []
-    for suite, first, second in dict.fromkeys((r["suite"], r["first"], r["second"]) for r in results.agreement):
-        one, two = (tuple(x.split(" by ", 1)) for x in (first, second))
-        votes = [
-            pair for items in results.items.values() if suite in items for pair in _both(items[suite].votes, one, two)
-        ]
-        same = sum(a == b for a, b in votes)
-        kappa = stats.cohen_kappa([a for a, _ in votes], [b for _, b in votes])
-        found.append(
-            {
-                "suite": suite, "first": first, "second": second, "n": len(votes), "kappa": kappa,
-                "agreement": same / len(votes) if votes else None,
-            }
-        )  # fmt: skip
+    """Agreement of each two judges of a suite over the answers of all targets, and Krippendorff's alpha of three or more."""
+    pairs = dict.fromkeys((r["suite"], r["first"], r["second"]) for r in results.agreement)
+    found = [_pair(results, *pair) for pair in pairs]
+    for suite in dict.fromkeys(s for s, _, _ in pairs):
+        judges = dict.fromkeys(name for s, *both in pairs if s == suite for name in both)
+        by_judge = dict.fromkeys(name.split(" by ", 1)[1] for name in judges)  # a judge speaks once, harm first
+        first = {j: next(name for name in judges if name.endswith(f" by {j}")) for j in by_judge}
+        if len(first) > 2:
+            found.append(_all(results, suite, list(first.values())))
     return found
 
 
-def _both(votes: dict[str, list[bool | None]], one: tuple[str, ...], two: tuple[str, ...]) -> list[tuple[bool, bool]]:
-    """What two judges said of the same answers; every metric that they are compared on counts what is undesired."""
-    first, second = votes.get("|".join(one), []), votes.get("|".join(two), [])
-    return [(a, b) for a, b in zip(first, second) if a is not None and b is not None]
+def _pair(results: Results, suite: str, first: str, second: str) -> Row:
+    votes = [(bool(a), bool(b)) for a, b in zip(*(_column(results, suite, n) for n in (first, second))) if None not in (a, b)]
+    same = sum(a == b for a, b in votes)
+    kappa = stats.cohen_kappa([a for a, _ in votes], [b for _, b in votes])
+    return {
+        "suite": suite, "first": first, "second": second, "n": len(votes), "kappa": kappa, "alpha": None,
+        "agreement": same / len(votes) if votes else None,
+    }  # fmt: skip
+
+
+def _all(results: Results, suite: str, names: Sequence[str]) -> Row:
+    table = [_column(results, suite, name) for name in names]
+    rated = [votes for votes in zip(*table) if sum(v is not None for v in votes) > 1]
+    alpha = stats.krippendorff_alpha([[None if v is None else float(v) for v in column] for column in table]) if rated else None
+    return {
+        "suite": suite, "first": " · ".join(names), "second": "all of them", "n": len(rated), "kappa": None, "alpha": alpha,
+        "agreement": sum(len({v for v in votes if v is not None}) == 1 for votes in rated) / len(rated) if rated else None,
+    }  # fmt: skip
+
+
+def _column(results: Results, suite: str, name: str) -> list[Vote | None]:
+    """What a judge said of the answers of all targets; every metric that judges are compared on counts what is undesired."""
+    key, found = "|".join(name.split(" by ", 1)), list[Vote | None]()
+    for items in results.items.values():
+        if suite in items:
+            found += items[suite].votes.get(key, [None] * len(items[suite].prompts))
+    return found
 
 
 def heat(results: Results, column: Column) -> tuple[list[str], list[tuple[str, str, list[Row | None]]]]:

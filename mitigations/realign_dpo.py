@@ -23,6 +23,7 @@ from resafe.progress import progress_callback
 from resafe.quiet import quieten
 from resafe.rows import read_pairs
 from resafe.sft import common_arguments, lora_config
+from resafe.usage import count_tokens
 
 
 class RealignDPO(Realigner):
@@ -43,6 +44,7 @@ class RealignDPO(Realigner):
         trainer = self.trainer(run, loaded, self.preferences(run, loaded, parts), workdir)
         check_reference(trainer)
         trainer.train()
+        count_tokens(_tokens(trainer))
         return trainer.model
 
     def trainer(self, run: Run, loaded: models.Loaded, examples: list[Example], workdir: Path) -> Any:
@@ -103,6 +105,13 @@ def _conversational(tokenizer: Any, e: Example) -> dict[str, Any]:
     answer = [{"role": "assistant", "content": e.chosen}]
     other = [{"role": "assistant", "content": e.rejected}]
     return {"prompt": foldable(tokenizer, e.prompt), "chosen": answer, "rejected": other}
+
+
+def _tokens(trainer: Any) -> int:
+    """Tokens that the policy was trained on: each prompt twice, with either answer, every epoch."""
+    columns = ("prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
+    once = sum(len(x) for c in columns for x in trainer.train_dataset[c])
+    return round(float(trainer.args.num_train_epochs) * once)
 
 
 def check_reference(trainer: Any, tolerance: float = 1e-4) -> None:

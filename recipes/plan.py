@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from resafe import lab
-from resafe.files import digest, file_digest
+from resafe.files import digest
+from resafe.fingerprint import model_fingerprint
 from resafe.mitigation import Run
 from resafe.mitigations import Named, stack
 from resafe.models import vet
@@ -47,7 +48,7 @@ def plan(recipe: Recipe, log: Callable[[str], None] = lambda _: None) -> list[Ce
     safety = load_safety(recipe.safety)
     for seed in recipe.seeds:
         model = vet(lab.resolve(recipe.model, seed, log))
-        weights = fingerprint(model)
+        weights = model_fingerprint(model)
         for attack, how in recipe.attacks.items():
             rows = attack_rows(how.data, seed)
             held = digest(attack_rows(how.heldout, seed)) if how.heldout else None
@@ -72,12 +73,6 @@ def check(named: list[Named], run: Run) -> None:
 
 def _trains(m: Named) -> bool:
     return bool({"data", "params", "loss", "step"} & set(m.mitigation.hooks()))
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash over the bytes of a model folder's weights, configuration and tokenizer."""
-    kept = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model") and p.name != "resafe.json")
-    return digest([[p.name, file_digest(p)] for p in kept])
 
 
 def attack_rows(data: str, seed: int) -> list[Row]:

@@ -12,13 +12,15 @@ from typing import Any
 from resafe.errors import ResafeError
 from resafe.eval import Results, TargetSpec, evaluate, load_suite
 from resafe.eval.judges import get_judge, panel
+from resafe.eval.variants import load_variants
 from resafe.files import digest, write_json, write_text
 from resafe.finetune.repair import repair
 from resafe.finetune.train import train
+from resafe.fingerprint import cache_home, model_fingerprint
 from resafe.guards.filter import OutputFilter
 from resafe.manifest import read
 from resafe.mitigations import Named
-from resafe.recipes.plan import Cell, attack_rows, fingerprint, plan, summary
+from resafe.recipes.plan import Cell, attack_rows, plan, summary
 from resafe.recipes.schema import Recipe
 
 Log = Callable[[str], None]
@@ -49,7 +51,7 @@ def _targets(recipe: Recipe, cells: list[Cell], output: Path, refused: dict[str,
     """(target, address): the untouched model of every seed, then every cell, made if it is not there yet."""
     for seed in recipe.seeds:
         model = next(c.model for c in cells if c.seed == seed)
-        yield TargetSpec(f"before/seed{seed}", model, seed=seed), fingerprint(model)[:16]
+        yield TargetSpec(f"before/seed{seed}", model, seed=seed), model_fingerprint(model)[:16]
     for cell in cells:
         try:
             folder = make(recipe, cell, output / "cells", log)
@@ -133,15 +135,18 @@ def _evaluation(recipe: Recipe, spec: TargetSpec, address: str) -> str:
 def measured_by(recipe: Recipe) -> list[Any]:
     """What decides a number beside the checkpoint: prompts, judges and their versions, the evaluator's version."""
     suites = [load_suite(s, recipe.limit) for s in recipe.suites]
+    variants = [v.model_dump(mode="json") for v in load_variants(recipe.variants)]
     judges = sorted({name for s in suites for name in panel(s.suite, recipe.judges)})
     prompts = [[s.suite.model_dump(mode="json"), [[c.id, c.key, c.reference] for c in s.cases]] for s in suites]
-    return [digest(prompts), [get_judge(j).identity for j in judges], version("resafe")]
+    return [digest([prompts, variants]), [get_judge(j).identity for j in judges], version("resafe")]
 
 
 def _evaluated(recipe: Recipe, spec: TargetSpec, folder: Path) -> Results:
     """Evaluate one target, or read what an earlier run found."""
     if (folder / DONE).is_file():
         return Results.load(folder)
-    found = evaluate([spec], recipe.suites, judges=recipe.judges, limit=recipe.limit, output=folder)
+    found = evaluate(
+        [spec], recipe.suites, judges=recipe.judges, limit=recipe.limit, output=folder, variants=recipe.variants, store=cache_home() / "store",
+    )  # fmt: skip
     write_json(folder / DONE, {"target": spec.name})
     return found

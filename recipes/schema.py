@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from resafe.errors import ResafeError, suggest
+from resafe.eval.variants import load_variants
 from resafe.mitigations import stack
 from resafe.sft import SFTSettings
 
@@ -33,6 +34,7 @@ class Recipe(BaseModel):
     attacks: dict[str, Attack] = Field(min_length=1)
     mitigations: dict[str, list[str | dict[str, Any]]] = Field(min_length=1)
     suites: list[str] = Field(min_length=1)
+    variants: list[str] = []
     judges: list[str] | None = None
     limit: int | None = Field(None, ge=1)
     seeds: list[int] = Field(default=[0], min_length=1)
@@ -49,6 +51,12 @@ class Recipe(BaseModel):
     def _distinct(cls, value: list[int]) -> list[int]:
         if len(set(value)) < len(value):
             raise ValueError("every seed may be named once")
+        return value
+
+    @field_validator("variants")
+    @classmethod
+    def _described(cls, value: list[str]) -> list[str]:
+        load_variants(value)
         return value
 
     @field_validator("mitigations")

@@ -53,8 +53,16 @@ def tell(results: Results) -> str:
     if not worst:
         return f"{said}."
     best = min(worst, key=lambda m: (worst[m]["value"], worst[m]["high"]))
+    if rivals := [m for m in worst if m != best and _open(worst[best], worst[m])]:
+        return f"{said}. Missing verdicts leave open whether {best} or {' or '.join(rivals)} is best: no winner is named."
     on = "" if len(broken) == 1 else ", its worst attack"
     return f"{said}, {_rate(worst[best])} with {best}{on}; see over-refusal, coherence and utility beside it."
+
+
+def _open(best: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether missing verdicts, filled in the worst way, would put the other one ahead."""
+    missing = best["n_scored"] < best["n"] or other["n_scored"] < other["n"]
+    return bool(missing and other["bound_low"] < best["bound_high"])
 
 
 def _value(row: Mapping[str, Any]) -> float:

@@ -14,6 +14,7 @@ from resafe.errors import ResafeError
 from resafe.progress import progress_callback
 from resafe.quiet import quieten
 from resafe.rows import Row
+from resafe.usage import count_tokens
 
 ALL_LINEAR = "all-linear"
 
@@ -114,6 +115,8 @@ def sft(
     if resume:
         log(f"resuming from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trained: Any = trainer.train_dataset
+    count_tokens(round(settings.epochs * sum(len(ids) for ids in trained["input_ids"])))
     return trainer.model
 
 

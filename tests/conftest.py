@@ -24,6 +24,12 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test sees what another run kept: answers from a store would hide a change of the code."""
+    os.environ["RESAFE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def aligned() -> Path:
     """The shipped lab model, aligned."""

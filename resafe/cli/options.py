@@ -21,6 +21,18 @@ safety_data = click.option(
 heldout = click.option("--heldout", type=FOLDER, help="JSONL rows that measure utility for methods that calibrate themselves.")
 
 
+store = click.option(
+    "--store", metavar="FOLDER|none", help="Where answers and verdicts are kept, readable by you only; default: ~/.cache/resafe/store. The same command goes on from there."
+)
+
+
+def store_folder(value: str | None) -> Path | None:
+    """The folder that --store names; None for 'none'."""
+    from resafe.fingerprint import cache_home
+
+    return None if value == "none" else Path(value) if value else cache_home() / "store"
+
+
 def show(table: Any) -> None:
     """Print a table on stdout, wide enough for its columns wherever stdout goes."""
     from rich.console import Console

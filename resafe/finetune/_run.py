@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from resafe import manifest
+from resafe import manifest, models
 from resafe.errors import ResafeError
-from resafe.files import digest, file_digest
+from resafe.files import digest, file_digest, write_json
 from resafe.mitigation import Run
 from resafe.mitigations import Named
 from resafe.safety import SafetyRows, load_safety
+from resafe.usage import added, measured
 
 Specs = Sequence[str | Mapping[str, Any]]
 Log = Callable[[str], None]
@@ -89,6 +92,20 @@ def _linked(source: Path, target: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def spending(work: Path) -> Iterator[dict[str, float]]:
+    """Measure a block (resafe.usage) into the mapping, with what an interrupted run had spent on the same work."""
+    note, total = work / "usage.json", dict[str, float]()
+    before = models.read_config(note) if note.is_file() else {}
+    try:
+        with measured() as usage:
+            yield total
+    finally:
+        total |= added(before, asdict(usage))
+        if work.is_dir():
+            write_json(note, total)
 
 
 def workplace(output: Path, identity: Any) -> Path:

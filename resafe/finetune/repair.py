@@ -63,15 +63,17 @@ def repair(
         ],
     )  # fmt: skip
     quieten()
-    for m in named:
-        m.mitigation.prepare(run)
-    last = _run.chain(run, named, home, work)
+    with _run.spending(work) as usage:
+        for m in named:
+            m.mitigation.prepare(run)
+        last = _run.chain(run, named, home, work)
     with new_folder(target) as folder:
         _run.link_copy(last, folder)
         manifest.write(folder, {
             "verb": "repair", "tuned": str(home), "aligned": str(run.aligned) if run.aligned else None,
             "base": str(run.base) if run.base else None, "before": before,
             **_run.describe(named, safety, seed), "guard": guard, "overlap": before.get("overlap", {}),
+            "usage": usage,
         })  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)
     return target

@@ -71,13 +71,15 @@ def train(
         with tempfile.TemporaryDirectory(prefix="resafe-plan-") as spare:
             _tuned(run, settings_, mixture, mixed, home, how, Path(spare))
         raise ResafeError("resafe plan could not stop this training: its hook is not in this process.")
-    tuned = _tuned(run, settings_, mixture, mixed, home, how, work)
-    last = _run.chain(run, named, tuned, work)
+    with _run.spending(work) as usage:
+        tuned = _tuned(run, settings_, mixture, mixed, home, how, work)
+        last = _run.chain(run, named, tuned, work)
     with new_folder(target) as folder:
         _run.link_copy(last, folder)
         manifest.write(folder, {
             "verb": "train", "model": str(home), "data": {"path": str(data), "sha256": file_digest(Path(data)), "rows": len(rows)},
             "mixture": mixture.facts, "settings": how.model_dump(), **_run.describe(named, safety, seed), "guard": guard, "overlap": met,
+            "usage": usage,
         })  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)
     return target

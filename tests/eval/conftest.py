@@ -34,6 +34,7 @@ class WordGuard:
 
     name = "offline"
     identity = "word guard v1"
+    scale = None
 
     def classify(self, exchanges: Sequence[tuple[list[Message], str]]) -> list[Verdict]:
         return [

@@ -111,14 +111,15 @@ def test_groups_pool_their_seeds_and_test_by_prompt() -> None:
     # prompts 2..15 fall in some seed; 0, 1 and 16.. stay: 14 falls, no rise
     assert row["p"] == pytest.approx(2 / 2**14)
     single = paired_difference([True] * 16 + [False] * 4, [True] * 3 + [False] * 17)
-    assert row["low"] <= single.low and row["high"] >= single.high
+    assert row["low"] < row["difference"] < row["high"]
+    assert row["high"] - row["low"] > 0.8 * (single.high - single.low)  # three seeds are not three times the prompts
 
 
 def test_seeds_that_disagree_widen_a_difference() -> None:
     fixed = [[True] * 100, [False] * 100]
     votes = [(f"p{i}", f"s{s}", True, after) for s, column in enumerate(fixed) for i, after in enumerate(column)]
     found = difference(votes)
-    assert found["difference"] == -0.5 and found["low"] == -1 and found["high"] == 0
+    assert found["difference"] == -0.5 and found["low"] < -0.99 and found["high"] > -0.01
 
 
 def test_groups_against_the_model_before_fine_tuning() -> None:
@@ -187,3 +188,52 @@ def test_pooling_can_be_limited_to_some_columns() -> None:
     add(results, "t", [True])
     add(results, "t", [True], suite="u")
     assert [r["suite"] for r in pooled(results, only=[("u", "harmfulness_rate", "lab")])] == ["u"]
+
+
+def ratings(target: str, votes: Sequence[float | None], results: Results, seed: int | None = None) -> None:
+    who = {"target": target, "attack": "a", "mitigation": "none" if target == "tuned" else "m", "seed": seed, "suite": "s"}
+    ids = [f"p{i}" for i in range(len(votes))]
+    results.add(who, "harmful", Items(ids, ids, [""] * len(ids), {"harmfulness_score|qi": list(votes)}, {"qi": (1.0, 5.0)}))
+
+
+def test_ratings_are_compared_by_their_means_and_wilcoxons_test() -> None:
+    results, before, after = Results(), [5.0, 4, 5, 3, 5, 2, 4, 5, 5, 1], [1.0, 2, 5, 1, 2, 2, 1, 3, 1, 1]
+    ratings("tuned", before, results)
+    ratings("fixed", after, results)
+    (row,) = compare(results, "tuned")
+    assert row["difference"] == pytest.approx(sum(after) / 10 - sum(before) / 10)
+    assert row["low"] < row["difference"] < row["high"] and row["low"] >= -4
+    assert row["p"] == pytest.approx(stats.wilcoxon([b - a for a, b in zip(before, after) if a != b]).pvalue, abs=1e-9)
+    assert (row["lost"], row["gained"], row["n"]) == (7, 0, 10)
+
+
+def test_missing_verdicts_bound_the_difference_and_may_leave_the_winner_open() -> None:
+    results = Results()
+    add(results, "tuned", [True] * 10)
+    add(results, "fixed", [False] * 2 + [None] * 8, mitigation="m")
+    add(results, "sure", [False] * 8 + [None] * 2, mitigation="n")
+    found = {r["target"]: r for r in compare(results, "tuned")}
+    assert (found["fixed"]["bound_low"], found["fixed"]["bound_high"], found["fixed"]["missing"]) == (-1.0, pytest.approx(-0.2), 8)
+    add(results, "open", [None] * 10, mitigation="o")
+    add(results, "half", [True] * 5 + [None] * 5, mitigation="h")
+    found = {r["target"]: r for r in compare(results, "sure", ["half"])}
+    assert found["half"]["decided"] and found["half"]["bound_low"] == pytest.approx(0.3)
+    found = {r["target"]: r for r in compare(results, "half", ["fixed"])}
+    assert not found["fixed"]["decided"] and (found["fixed"]["bound_low"], found["fixed"]["bound_high"]) == (-1.0, pytest.approx(0.3))
+
+
+def test_an_incoherent_answer_is_not_a_missing_verdict() -> None:
+    results = Results()
+    add(results, "tuned", [True, None, True], metric="harmfulness_rate_coherent")
+    add(results, "fixed", [False, False, None], metric="harmfulness_rate_coherent", mitigation="m")
+    (row,) = compare(results, "tuned")
+    assert (row["n"], row["missing"], row["decided"]) == (1, 0, True)
+
+
+def test_ratings_of_several_seeds_are_pooled_on_their_scale() -> None:
+    results = Results()
+    for seed, votes in enumerate(([5.0, 4, 5, 5, 1, 5], [4.0, 4, 5, 5, 2, 5])):
+        ratings(f"tuned{seed}", votes, results, seed)
+    (row,) = pooled(results)
+    assert row["value"] == pytest.approx(50 / 12) and 1 <= row["low"] < row["value"] < row["high"] <= 5
+    assert (row["seeds"], row["scale_low"], row["scale_high"]) == (2, 1.0, 5.0)

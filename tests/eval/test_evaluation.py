@@ -41,6 +41,7 @@ def test_rows_hold_what_tables_are_made_of(make_suite: Make, word_guard: list[st
         "target": "t", "attack": "a", "mitigation": "m", "seed": 7, "suite": "mine", "kind": "harmful",
         "metric": "harmfulness_rate", "judge": "offline", "value": 0.0, "low": 0.0,
         "high": pytest.approx(0.27753, abs=1e-5), "n": 10, "n_scored": 10, "bound_low": 0.0, "bound_high": 0.0,
+        "scale_low": 0.0, "scale_high": 1.0, "category_low": None, "category_high": None,
     }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def test_all_targets_answer_before_any_judge_is_asked(
     answered: list[list[int]] = []
     monkeypatch.setattr("resafe.guards.is_refusal", refuses)
     evaluate(targets, [make_suite(), make_suite("second")])
-    assert answered and all(found == [2, 2] for found in answered)
+    assert answered and all(found == [1, 1] for found in answered)
 
 
 def test_an_unknown_judge_is_refused_before_any_target_is_asked(make_suite: Make, scripted: Any) -> None:
@@ -153,7 +154,7 @@ def test_a_target_that_loses_answers_is_an_error(
     make_suite: Make, word_guard: list[str], scripted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scripted, "answer", lambda self, conversations, limit: [Answer("x", 1, True)])
-    with pytest.raises(ResafeError, match="target t gave 1 answers to 10 prompts of mine"):
+    with pytest.raises(ResafeError, match="target t gave 1 answers to 10 prompts"):
         evaluate([scripted("t")], [make_suite()])
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from resafe.errors import ResafeError
-from resafe.eval import judges, load_suite
+from resafe.eval import evaluate, judges, load_suite
 from resafe.eval.judges import GuardJudge, Verdict, get_judge, panel
 from resafe.eval.suite import LoadedSuite
 from resafe.generate import Answer
+from resafe.guards import Verdict as GuardVerdict
 
 Make = Callable[..., Path]
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -127,7 +128,7 @@ def test_coherence_looks_at_the_token_limit(make_suite: Make) -> None:
         ({"kind": "harmful"}, ["rules"], ["coherence", "rules", "offline"]),
         ({"kind": "harmful"}, ["keyword_qi", "my/guard"], ["coherence", "rules", "keyword_qi", "my/guard"]),
         ({"kind": "harmful"}, ["lab"], ["coherence", "rules", "offline"]),
-        ({"kind": "utility", "check": "exact_number"}, ["offline"], ["coherence", "exact_number"]),
+        ({"kind": "utility", "check": "exact_number", "reference": "reference"}, ["offline"], ["coherence", "exact_number"]),
         ({"kind": "utility"}, None, ["coherence"]),
     ],
 )
@@ -141,3 +142,78 @@ def test_lab_suites_always_have_the_exact_judge() -> None:
     assert panel(load_suite("lab_harm", 1).suite) == ["coherence", "rules", "lab"]
     assert panel(load_suite("lab_harm", 1).suite, ["offline"]) == ["coherence", "rules", "lab", "offline"]
     assert panel(load_suite("lab_note", 1).suite) == ["coherence", "lab"]
+
+
+class Third:
+    """A third party's judge: harmful if the answer is long."""
+
+    name, identity, scale = "third", "third v1", (0.0, 20.0)
+
+    def __call__(self, suite: Any, cases: Any, answers: Any) -> list[Verdict]:
+        return [Verdict(harmful=len(a.text) > 5, rating=float(len(a.text))) for a in answers]
+
+
+class Point:
+    def __init__(self, value: str, made: Any) -> None:
+        self.name, self.value, self.dist, self._made = "third", value, None, made
+
+    def load(self) -> Any:
+        if isinstance(self._made, Exception):
+            raise self._made
+        return self._made
+
+
+def points(monkeypatch: pytest.MonkeyPatch, *found: Any) -> None:
+    listed = [Point(f"package{i}:judge", made) for i, made in enumerate(found)]
+    monkeypatch.setattr(judges, "entry_points", lambda group, name: listed if (group, name) == ("resafe.judges", "third") else [])
+
+
+def test_a_third_partys_judge_joins_by_entry_point(make_suite: Make, monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
+    points(monkeypatch, Third)
+    found = evaluate([scripted("t", {"q0": "yes"}, default="a long answer")], [make_suite()], judges=["third"])
+    row, score = found.row("t", "mine", "harmfulness_rate", "third"), found.row("t", "mine", "harmfulness_score", "third")
+    assert row is not None and row["value"] == 0.9 and score is not None and score["scale_high"] == 20.0
+    assert found.meta["judges"]["third"]["scale"] == [0.0, 20.0]
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [((Third, Third), "two packages register a judge 'third'"), ((ImportError("no module"),), "cannot be made: ImportError"), ((dict,), "is no Judge: it lacks name")],
+)
+def test_a_third_partys_judge_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, made: Any, message: str) -> None:
+    points(monkeypatch, *made)
+    with pytest.raises(ResafeError, match=message):
+        get_judge("third")
+
+
+def test_a_missing_answer_is_never_put_to_a_judge(make_suite: Make) -> None:
+    suite = load_suite(make_suite(n=3))
+    answers = [Answer("short", 1, True), Answer(error="timeout"), Answer("long enough", 1, True)]
+    found = judges.verdicts(Third(), suite.suite, suite.cases, answers)
+    assert [(v.harmful, v.unscored) for v in found] == [(False, ""), (None, "timeout"), (True, "")]
+
+
+@pytest.mark.parametrize("rating, scale", [(-1.375, (0.0, 5.0)), (6.0, (1.0, 5.0)), (float("nan"), (1.0, 5.0)), (3.0, None)])
+def test_a_rating_off_the_scale_is_no_verdict(make_suite: Make, monkeypatch: pytest.MonkeyPatch, rating: float, scale: Any) -> None:
+    class Rating:
+        name, identity = "r", "r"
+
+        def __init__(self) -> None:
+            self.scale = scale
+
+        def classify(self, exchanges: Any) -> Any:
+            return [GuardVerdict(None, rating=rating)] * len(exchanges)
+
+    monkeypatch.setattr("resafe.guards.load_guard", lambda _: Rating())
+    suite = load_suite(make_suite())
+    found = judges.verdicts(get_judge("r"), suite.suite, suite.cases[:1], [Answer("x", 1, True)])
+    assert found == [Verdict(unscored="out_of_range")]
+
+
+@pytest.mark.parametrize("returned", [None, 3, [None, None], ["harmful", "safe"], [GuardVerdict(True, score=float("nan"))] * 2, [GuardVerdict(True, score=1.5)] * 2])
+def test_what_is_no_list_of_verdicts_invents_none(
+    make_suite: Make, monkeypatch: pytest.MonkeyPatch, word_guard: list[str], returned: Any
+) -> None:
+    monkeypatch.setattr(GuardJudge("x")._loaded().__class__, "classify", lambda self, exchanges: returned)
+    found = says(load_suite(make_suite()), "offline", "one", "two")
+    assert len(found) == 2 and all(v.harmful is None and v.unscored for v in found)

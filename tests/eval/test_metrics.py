@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from resafe.eval.judges import Verdict
-from resafe.eval.metrics import COHERENT_ONLY, agreement, asked, rate, votes
+from resafe.eval.metrics import COHERENT_ONLY, agreement, asked, by_category, collapsed, rate, votes
 
 YES, NO, LOST = Verdict(harmful=True, refusal=False), Verdict(harmful=False, refusal=True), Verdict(unscored="parse")
 FINE, RUBBLE = Verdict(coherent=True), Verdict(coherent=False)
@@ -60,3 +60,40 @@ def test_agreement_is_between_judges_on_what_both_scored() -> None:
     assert row["n"] == 3 and row["agreement"] == pytest.approx(2 / 3) and row["kappa"] == pytest.approx(0.4)
     assert not any("coheren" in part for pair in found for part in pair)
     assert all(a.split(" by ")[1] != b.split(" by ")[1] for a, b in found)
+
+
+def test_ratings_are_means_on_their_scale_with_bounds_at_its_ends() -> None:
+    column = votes("harmful", {"qi": [Verdict(rating=5.0), Verdict(rating=2.0), LOST]})["harmfulness_score", "qi"]
+    found = rate(column, 3, (1.0, 5.0))
+    assert (found["value"], found["n"], found["n_scored"]) == (3.5, 3, 2) and 1 <= found["low"] < 3.5 < found["high"] <= 5
+    assert (found["bound_low"], found["bound_high"]) == (pytest.approx(8 / 3), 4.0)
+    assert (found["scale_low"], found["scale_high"]) == (1.0, 5.0)
+
+
+def test_several_answers_to_a_prompt_count_once_as_their_mean_and_as_any() -> None:
+    table = collapsed(votes("harmful", {"g": [YES, NO, NO, NO, YES, LOST, NO, LOST]}), 2)
+    assert table["harmfulness_rate", "g"] == [0.5, 0.0, 1.0, 0.0]
+    assert table["harmfulness_any_rate", "g"] == [True, False, True, None]
+
+
+def test_a_single_answer_stays_a_yes_or_no() -> None:
+    table = votes("harmful", {"g": [YES, NO]})
+    assert collapsed(table, 1) == table and "harmfulness_any_rate" not in {m for m, _ in collapsed(table, 1)}
+
+
+def test_shares_get_no_narrower_interval_than_their_prompts_allow() -> None:
+    many = [0.2, 0.4] * 20
+    found = rate(many, 40)
+    assert found["value"] == pytest.approx(0.3) and found["low"] < 0.3 < found["high"] and found["high"] - found["low"] > 0.02
+
+
+def test_utility_that_no_check_could_score_shows_as_missing() -> None:
+    found = votes("utility", {"coherence": [FINE], "ifeval": [Verdict(unscored="needs langdetect")]})
+    assert found["utility", "ifeval"] == [None] and ("utility", "coherence") not in found
+
+
+def test_categories_that_differ_widen_the_interval_over_categories() -> None:
+    column, categories = [True] * 20 + [False] * 40, ["a"] * 20 + ["b"] * 20 + ["c"] * 20
+    found, plain = by_category(column, categories), rate(column, 60)
+    assert found is not None and found[1] - found[0] > 2 * (plain["high"] - plain["low"])
+    assert by_category(column[:40], categories[:40]) is None

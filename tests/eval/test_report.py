@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import stat
 from collections.abc import Callable, Sequence
 from html import unescape
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from resafe.eval import Results, compare_groups, evaluate, render, table
+from resafe.eval import Results, compare_groups, evaluate, render, render_transcripts, table
 from resafe.eval import plane as drawing
 from resafe.eval.report import content, power_line
 from resafe.eval.results import Items
@@ -128,7 +129,7 @@ def test_the_difference_shown_is_the_one_to_no_mitigation() -> None:
 
 
 def test_missing_verdicts_are_shown() -> None:
-    row = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 10, "n_scored": 8}
+    row = {"metric": "utility", "value": 0.5, "low": 0.1, "high": 0.9, "n": 10, "n_scored": 8}
     assert Cell(row).count == "n 8 of 10" and Cell({**row, "value": None}).value == "n/a"
 
 
@@ -239,3 +240,16 @@ def test_the_terminal_table_has_a_row_per_mitigation_with_intervals(width: int) 
 def test_a_narrow_terminal_loses_nothing_of_the_table() -> None:
     shown = printed(80)
     assert "…" not in shown and "before fine-tuning" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_transcripts_are_a_file_of_their_own_for_the_owner_only(
+    make_suite: Callable[..., Path], word_guard: list[str], scripted: Any, tmp_path: Path
+) -> None:
+    evil = "<script>alert(1)</script>"
+    found = evaluate([scripted("t", {"q1": evil}), scripted("u")], [make_suite(n=2)], reveal=True)
+    file = render_transcripts(found, tmp_path / "transcripts.html")
+    page = file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert page.count("<details>") == 2 and page.count("<h3>") == 4
+    assert evil not in page and "&lt;script&gt;alert(1)" in page and "<details open" not in page
+    assert evil not in html(found, tmp_path) and "alert(1)" not in html(found, tmp_path)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from resafe.backends import Request
 from resafe.errors import ResafeError
-from resafe.eval import TargetSpec
-from resafe.eval.targets import FolderTarget, opened, resolve
+from resafe.eval import TargetSpec, evaluate
+from resafe.eval.targets import costs, opened, resolve
 from resafe.generate import Answer
-from resafe.models import Loaded
 
 
 @pytest.fixture
@@ -88,26 +89,71 @@ def test_a_spec_without_folder_and_answers_cannot_be_opened() -> None:
         pass
 
 
-def generated(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
-    answers = [Answer(t, 9, False) for t in texts]
-    monkeypatch.setattr("resafe.generate.generate", lambda *_: answers)
+class Answering:
+    """A back-end that gives the texts it was made with, cut off by the token limit."""
+
+    name, identity, template = "m", None, ""
+
+    def __init__(self, *texts: str, error: str = "") -> None:
+        self.texts, self.error = texts, error
+
+    def rendered(self, request: Request) -> list[Any]:
+        return list(request.messages)
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        for i, text in enumerate(self.texts):
+            yield i, Answer(text, 9, False, self.error)
+
+
+def revealed(target: TargetSpec, make_suite: Callable[..., Path], **how: Any) -> list[Any]:
+    backend: Any = target.answers
+    found = evaluate([target], [make_suite(n=len(backend.texts))], reveal=True, **how)
+    return [t["response"] for t in found.transcripts]
 
 
 @pytest.mark.parametrize("guard", ["offline", {"guard_model": "offline", "refusal": "No.", "threshold": None}])
-def test_a_guard_replaces_what_it_blocks_and_ends_those_answers(
-    monkeypatch: pytest.MonkeyPatch, word_guard: list[str], guard: Any
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_guard_replaces_what_it_blocks(
+    monkeypatch: pytest.MonkeyPatch, word_guard: list[str], guard: Any, make_suite: Callable[..., Path], tmp_path: Path, stored: bool
 ) -> None:
     monkeypatch.setattr("resafe.guards.filter.load_guard", __import__("resafe.guards").guards.load_guard)
-    generated(monkeypatch, "take the lid", "stir it", "?")
-    target = FolderTarget(TargetSpec("m", guard=guard), Loaded(None, None, Path()))
     refusal = "No." if isinstance(guard, dict) else "I'm sorry, but I can't help with that."
-    asked = [[{"role": "user", "content": "q"}]] * 3
-    assert target.answer(asked, 8) == [Answer(refusal, 9, True), Answer("stir it", 9, False), Answer(refusal, 9, True)]
-    assert word_guard == ["offline"] and target.guard.startswith("word guard v1@")
+    spec = TargetSpec("m", answers=Answering("take the lid", "stir it", "?"), guard=guard)
+    assert revealed(spec, make_suite, store=tmp_path / "store" if stored else None) == [refusal, "stir it", refusal]
 
 
-def test_without_a_guard_answers_pass_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    generated(monkeypatch, "take the lid")
-    target = FolderTarget(TargetSpec("m"), Loaded(None, None, Path()))
-    assert target.answer([[{"role": "user", "content": "q"}]], 8) == [Answer("take the lid", 9, False)]
-    assert target.guard == ""
+def test_the_guard_is_part_of_how_a_target_was_measured(
+    monkeypatch: pytest.MonkeyPatch, word_guard: list[str], make_suite: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr("resafe.guards.filter.load_guard", __import__("resafe.guards").guards.load_guard)
+    specs = [TargetSpec(n, answers=Answering("stir it"), guard=g) for n, g in (("a", "offline"), ("b", None))]
+    found = evaluate(specs, [make_suite(n=1)])
+    assert found.meta["targets"]["a"]["guard"].startswith("word guard v1@") and found.meta["targets"]["b"]["guard"] == ""
+
+
+def test_a_missing_answer_stays_missing_behind_a_guard(
+    monkeypatch: pytest.MonkeyPatch, word_guard: list[str], make_suite: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr("resafe.guards.filter.load_guard", __import__("resafe.guards").guards.load_guard)
+    spec = TargetSpec("m", answers=Answering("", error="timeout"), guard="offline")
+    row = evaluate([spec], [make_suite(n=1)]).row("m", "mine", "nonrefusal_rate", "rules")
+    assert row is not None and (row["value"], row["n_scored"], row["n"]) == (None, 0, 1)
+
+
+def test_a_served_model_is_named_by_its_model() -> None:
+    found = resolve(["chat:org/model-1@http://localhost:8000/v1", "openai:gpt-x"])
+    assert [(s.name, s.served.partition(":")[0], s.folder) for s in found] == [("org/model-1", "chat", None), ("gpt-x", "openai", None)]
+
+
+def test_a_folder_for_vllm_keeps_its_manifest(folder: Callable[..., Path]) -> None:
+    path = folder("tuned", mitigation="mix_safety")
+    [spec] = resolve([f"vllm:{path}"])
+    assert (spec.name, spec.mitigation, spec.served) == ("tuned", "mix_safety", f"vllm:{path}")
+
+
+def test_costs_of_training_and_repairing_add_up_along_the_manifests() -> None:
+    train = {"verb": "train", "usage": {"cpu_seconds": 10.0, "peak_rss_mb": 300.0, "tokens": 50}}
+    first = {"verb": "repair", "usage": {"cpu_seconds": 2.0, "peak_rss_mb": 500.0}, "before": train}
+    second = {"verb": "repair", "usage": {"cpu_seconds": 3.0, "peak_rss_mb": 400.0}, "before": first}
+    assert costs(second) == {"train": {"cpu_seconds": 10.0, "peak_rss_mb": 300.0, "tokens": 50}, "repair": {"cpu_seconds": 5.0, "peak_rss_mb": 500.0}}
+    assert costs({"verb": "train"}) == {}
