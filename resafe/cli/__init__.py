@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 
 import click
 
+from resafe.cli.audit import audit
 from resafe.cli.catalogue import info, list_
 from resafe.cli.experiment import bench, demo, lab
-from resafe.cli.measure import compare, evaluate
+from resafe.cli.measure import compare, evaluate, judge_csv
 from resafe.cli.run import repair, train
 from resafe.cli.weights import diff
 from resafe.cli.wrap import env, hook, mix, plan, receipts, run
@@ -30,12 +32,15 @@ def cli() -> None:
     """Re-apply safety to language models after fine-tuning, and measure it honestly."""
 
 
-for command in (demo, run, plan, mix, train, repair, evaluate, compare, diff, bench, env, receipts, hook, list_, info, lab):
+for command in (demo, run, plan, mix, train, repair, evaluate, judge_csv, compare, audit, diff, bench, env, receipts, hook, list_, info, lab):
     cli.add_command(command)
 
 
 def main() -> None:
-    """Entry point: exit code 0 done, 2 bad input (one line on stderr), 3 a mitigation was not applied, 130 stopped by Ctrl-C."""
+    """Entry point: exit code 0 done, 2 bad input (one line on stderr), 3 a mitigation was not applied, 130 stopped by Ctrl-C.
+
+    `resafe audit`: 0 kept, 1 degraded, 2 could not tell. 70: a fault of resafe itself, which must not pass for an answer.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -49,10 +54,11 @@ def main() -> None:
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         _stop("stopped; no half-written output was left. The same command goes on where it can.", 130)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        _stop(f"{error.strerror}: {error.filename or 'while writing'}. No half-written output was left.", 2)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            _stop(f"{error.strerror}: {error.filename or 'while writing'}. No half-written output was left.", 2)
+        traceback.print_exc()
+        _stop("this is a fault of resafe; please report it with the lines above.", 70)
 
 
 def _stop(message: str, code: int) -> None:

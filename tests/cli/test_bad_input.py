@@ -156,3 +156,29 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, "the run ended before it could be stopped"
         time.sleep(0.1)
     raise AssertionError("nothing to resume from was ever written")
+
+
+def test_a_fault_of_resafe_is_no_answer_of_the_gate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("resafe.eval.evaluate", broken, raising=False)
+    code, err = run("audit", "--before", "lab", "--after", "lab:base", "--suite", "lab_harm")
+    assert code == 70 and "ZeroDivisionError: a bug" in err and "fault of resafe" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval", "lab", "--variant", "prefil", "--suite", "lab_harm"], "Did you mean 'prefill'"),
+        (["eval", "chat:m@nowhere", "--suite", "lab_harm"], "chat:MODEL@URL"),
+        (["eval", "chat:m@http://127.0.0.1:9/v1", "--lm-eval", "arc_easy"], "measures model folders"),
+        (["judge", "none.csv", "--judge", "offline", "-o", "x.json"], "no such file: none.csv"),
+    ],
+)
+def test_bad_evaluations(words: list[str], said: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, err = run(*words)
+    lines = [line for line in err.splitlines() if line.startswith("resafe: ")]
+    assert code == 2 and len(lines) == 1 and said in lines[0]
+    assert list(tmp_path.iterdir()) == []
