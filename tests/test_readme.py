@@ -46,6 +46,13 @@ def test_the_table_is_the_one_that_the_committed_results_give() -> None:
     assert TEXT.split(BEGIN)[1].split(END)[0].strip() == markdown(read_config(RESULT)).strip()
 
 
+def test_the_throughput_table_is_the_one_that_the_committed_results_give() -> None:
+    from benchmarks.throughput import BEGIN, END, RESULT, markdown
+    from resafe.models import read_config
+
+    assert TEXT.split(BEGIN)[1].split(END)[0].strip() == markdown(read_config(RESULT)).strip()
+
+
 def test_the_overhead_table_is_the_one_that_the_committed_results_give() -> None:
     from benchmarks.overhead import BEGIN, END, RESULT, markdown
     from resafe.models import read_config

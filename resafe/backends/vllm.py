@@ -15,9 +15,10 @@ from typing import Any
 
 from resafe import chat, models
 from resafe.backends._base import Request
+from resafe.backends._draw import Job
 from resafe.backends._wire import request_seed
 from resafe.errors import ResafeError
-from resafe.generate import Answer
+from resafe.generate import Answer, fitted
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM takes for max_lora_rank
 
@@ -53,16 +54,16 @@ class VllmBackend:
 
     def rendered(self, request: Request) -> Sequence[Any]:
         """Token ids; a prompt that leaves no room for its answer is cut on the left."""
-        keep = max(1, self._room - request.max_new_tokens)
-        return chat.prompt_ids(self._tokenizer, request.messages)[-keep:]
+        return self._job(request).ids
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Answers as they finish. Leaving early takes back what is still queued."""
         engine, waiting = self._llm.llm_engine, set[str]()
         try:
             for i, request in enumerate(requests):
-                prompt = _engine_input(list(self.rendered(request)))
-                engine.add_request(str(i), prompt, self._params(request), lora_request=self._adapter)
+                job = self._job(request)
+                prompt = _engine_input(job.ids)
+                engine.add_request(str(i), prompt, self._params(request, job.max_new_tokens), lora_request=self._adapter)
                 waiting.add(str(i))
             while waiting:
                 ended = [o for o in engine.step() if o.finished]
@@ -72,13 +73,17 @@ class VllmBackend:
             if waiting:
                 engine.abort_request(sorted(waiting))
 
-    def _params(self, request: Request) -> Any:
+    def _job(self, request: Request) -> Job:
+        """Fitted into the context as on the local back-end."""
+        return fitted(chat.prompt_ids(self._tokenizer, request.messages), request.max_new_tokens, self._room)
+
+    def _params(self, request: Request, limit: int) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         s = request.sampling
         return SamplingParams(
             temperature=s.temperature, top_p=s.top_p, seed=request_seed(request) if s.temperature else None,
-            max_tokens=request.max_new_tokens, stop_token_ids=self._stops, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            max_tokens=limit, stop_token_ids=self._stops, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
     def _answer(self, output: Any) -> Answer:
