@@ -5,24 +5,33 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resafe.errors import ResafeError, suggest
 from resafe.guards._base import Guard
 from resafe.guards.families import FAMILIES
 
+if TYPE_CHECKING:
+    from resafe.guards.linear import LinearGuard
+
 OFFLINE = Path(__file__).parent.parent / "data" / "guard" / "offline.safetensors"
-NAMES = ("offline", "rules", "lab", "moderation", "chat:MODEL@URL")
+BUILTIN = ("offline", "refusal", "harm", "rules", "lab")
+NAMES = (*BUILTIN, "encoder", "moderation", "chat:MODEL@URL")
 _CHAT = re.compile(r"chat:(?P<model>.+?)@(?P<url>https?://[^#\s]+)(?:#(?P<family>\w+))?")
 
 
 def load_guard(spec: str) -> Guard:
     """A guard by its spec.
 
-    offline | rules | lab | FILE.safetensors | FOLDER[?family=NAME] | FAMILY:FOLDER | moderation[:MODEL] |
-    chat:MODEL@URL[#FAMILY]. Raises ResafeError for anything else, and for guards that cannot be loaded.
+    offline | refusal | harm | rules | lab | encoder[:FOLDER] | FILE.safetensors | FOLDER[?family=NAME] | FAMILY:FOLDER | moderation[:MODEL] |
+    chat:MODEL@URL[#FAMILY]. `refusal` and `harm` are `offline` with one head. Raises ResafeError for anything else, and for guards that cannot be loaded.
     """
-    if spec in ("offline", "rules", "lab"):
+    if spec in BUILTIN:
         return _builtin(spec)
+    if spec == "encoder" or spec.startswith("encoder:"):
+        from resafe.guards.encoder import find_encoder
+
+        return _encoder(spec.partition(":")[2] or str(find_encoder()))
     if spec == "moderation" or spec.startswith("moderation:"):
         from resafe.guards.endpoint import ModerationGuard
 
@@ -32,16 +41,32 @@ def load_guard(spec: str) -> Guard:
     return _local(spec)
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=1)
+def offline() -> LinearGuard:
+    """The guard that ships, both heads."""
+    from resafe.guards.linear import LinearGuard
+
+    return LinearGuard.load(OFFLINE, "offline")
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: str) -> Guard:
+    from resafe.guards.encoder import EncoderGuard
+
+    return EncoderGuard.load(folder, offline())
+
+
+@lru_cache(maxsize=len(BUILTIN))
 def _builtin(name: str) -> Guard:
     if name == "rules":
         from resafe.guards.rules import RuleGuard
 
         return RuleGuard()
-    from resafe.guards.linear import LinearGuard
-
     if name == "offline":
-        return LinearGuard.load(OFFLINE, "offline")
+        return offline()
+    if name in ("refusal", "harm"):
+        return offline().only(name)
+    from resafe.guards.linear import LinearGuard
     from resafe.lab import guard_path
 
     return LinearGuard.load(guard_path(), "lab")

@@ -18,10 +18,13 @@ def sigmoid(x: Any) -> Any:
     return expit(x)
 
 
-def logistic(table: Any, target: Vector, l2: float, balanced: bool) -> tuple[Vector, float]:
+def logistic(
+    table: Any, target: Vector, l2: float, balanced: bool, weight: Vector | None = None
+) -> tuple[Vector, float]:
     """Weights and intercept that minimise sum_i c_i log(1 + exp(-s_i z_i)) + l2/2 |w|^2; the intercept is not shrunk.
 
-    `table` is rows x features, `target` 0 or 1; c_i is 1, or n / (2 n_class) when `balanced`. Features that occur in no
+    `table` is rows x features, `target` 0 or 1; c_i is the row's `weight` (default 1); `balanced`
+    scales it so that both classes weigh half of the whole. Features that occur in no
     row keep the weight 0 and take no part in the search.
     """
     import numpy as np
@@ -29,10 +32,10 @@ def logistic(table: Any, target: Vector, l2: float, balanced: bool) -> tuple[Vec
 
     used = np.unique(table.indices)
     x = table[:, used].tocsr()
-    cost = np.ones_like(target)
+    cost = np.ones_like(target) if weight is None else weight.astype(np.float64)
     if balanced:
-        positive = target.mean()
-        cost = np.where(target == 1, 0.5 / positive, 0.5 / (1 - positive))
+        positive = (cost * target).sum() / cost.sum()
+        cost = cost * np.where(target == 1, 0.5 / positive, 0.5 / (1 - positive))
     solution = minimize(
         _objective, np.zeros(len(used) + 1), args=(x, x.T.tocsr(), target, cost, l2),
         jac=True, method="L-BFGS-B", options={"maxiter": 1000, "ftol": 1e-10, "gtol": 1e-5},

@@ -1,6 +1,6 @@
 """A guard that runs on any CPU: two logistic regressions over hashed words, one for harm and one for refusal.
 
-Fit your own with `LinearGuard.fit` on labelled exchanges. A file holds numbers and JSON metadata only (safetensors).
+With `signals`, the refusal head also reads _signals.py, which holds on models that it was not fitted on. Fit your own with `LinearGuard.fit` on labelled exchanges. A file holds numbers and JSON metadata only (safetensors).
 """
 
 from __future__ import annotations
@@ -12,24 +12,29 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from resafe.errors import ResafeError
 from resafe.files import digest
-from resafe.guards import _features
+from resafe.guards import _features, _signals
 from resafe.guards._base import Exchange, Verdict, unscored, valid_score
+from resafe.guards._clean import clean
 from resafe.guards._logistic import logistic, sigmoid
 
 if TYPE_CHECKING:
     from resafe.guards._features import Weights
 
 Labelled = tuple[Exchange, int | None, int | None]  # exchange, harm label, refusal label; None leaves a head out
-FORMAT = "resafe-linear-guard-1"
+FORMAT = "resafe-linear-guard-2"
 
 
 @dataclass(frozen=True)
 class LinearGuard:
-    """Weights and intercepts of the heads; a score from `threshold` on is harmful. `notes` travel in the file."""
+    """Weights and intercepts of the heads; a score from `threshold` on is harmful. `notes` travel in the file.
+
+    With `alone` the response is read without its conversation. The weights of `refusal` end with those of the signals
+    when `signals` is set.
+    """
 
     weights: Mapping[str, Weights]
     intercepts: Mapping[str, float]
@@ -37,10 +42,21 @@ class LinearGuard:
     threshold: float = 0.5
     notes: Mapping[str, Any] = field(default_factory=dict)
     name: str = "linear"
+    signals: bool = False
+    alone: bool = False
+    scale: ClassVar[tuple[float, float] | None] = None
 
     @classmethod
     def fit(
-        cls, rows: Sequence[Labelled], *, bits: int = 18, l2: float = 0.1, balanced: bool = True, seed: int = 0
+        cls,
+        rows: Sequence[Labelled],
+        *,
+        bits: int = 18,
+        l2: float = 0.1,
+        balanced: bool = True,
+        seed: int = 0,
+        signals: bool = False,
+        alone: bool = False,
     ) -> LinearGuard:
         """Fit on labelled exchanges; a head without labels of both kinds says nothing. `seed` orders the rows.
 
@@ -55,29 +71,43 @@ class LinearGuard:
         labels = {"harm": [rows[i][1] for i in order], "refusal": [rows[i][2] for i in order]}
         if all(len({v for v in found if v is not None}) < 2 for found in labels.values()):
             raise ResafeError("a guard needs rows labelled harmful (1) and rows labelled harmless (0): one kind is missing.")
-        table = _features.matrix([rows[i][0] for i in order], bits)
+        exchanges = [rows[i][0] for i in order]
         weights, intercepts = {}, {}
         for head, found in labels.items():
             known = [i for i, v in enumerate(found) if v is not None]
             target = np.array([found[i] for i in known], dtype=np.float64)
             if len(set(target.tolist())) == 2:
-                exact, intercepts[head] = logistic(table[known], target, l2, balanced)
+                table = _table([exchanges[i] for i in known], bits, signals and head == "refusal", alone)
+                exact, intercepts[head] = logistic(table, target, l2, balanced)
                 weights[head] = exact.astype(np.float16)  # what `save` keeps
-        return cls(weights, intercepts, bits, notes={"rows": len(rows), "l2": l2, "balanced": balanced, "seed": seed})
+        notes = {"rows": len(rows), "l2": l2, "balanced": balanced, "seed": seed}
+        return cls(weights, intercepts, bits, notes=notes, signals=signals, alone=alone)
+
+    def only(self, head: str) -> LinearGuard:
+        """The same guard with one head; the other says nothing."""
+        self._known(head)
+        return replace(self, weights={head: self.weights[head]}, intercepts={head: self.intercepts[head]}, name=head)
 
     @property
     def identity(self) -> str:
         """Names the weights, the features and the threshold."""
         sums = {head: hashlib.sha256(w.tobytes()).hexdigest() for head, w in self.weights.items()}
-        whole = digest([sums, dict(self.intercepts), self.bits, self.threshold, _features.VERSION])
+        whole = digest([sums, dict(self.intercepts), self.bits, self.threshold, _features.VERSION, self.signals, self.alone])
         return f"{self.name} {whole[:12]} features v{_features.VERSION}"
 
     def scores(self, head: str, exchanges: Sequence[Exchange]) -> list[float]:
         """P(harmful) or P(refusal) of every exchange."""
+        return [float(p) for p in sigmoid(self.log_odds(head, exchanges))]
+
+    def log_odds(self, head: str, exchanges: Sequence[Exchange]) -> Any:
+        """The log-odds behind `scores`, shape [exchanges]."""
+        self._known(head)
+        table = _table(exchanges, self.bits, self.signals and head == "refusal", self.alone)
+        return table @ self.weights[head].astype("float64") + self.intercepts[head]
+
+    def _known(self, head: str) -> None:
         if head not in self.weights:
             raise ResafeError(f"this guard was fitted without labels for '{head}'.")
-        table = _features.matrix(exchanges, self.bits)
-        return [float(p) for p in sigmoid(table @ self.weights[head].astype("float64") + self.intercepts[head])]
 
     def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Verdicts with scores; an empty response is left unscored."""
@@ -109,7 +139,7 @@ class LinearGuard:
         from safetensors.numpy import save
 
         about = {"format": FORMAT, "features": _features.VERSION, "bits": self.bits, "threshold": self.threshold}
-        about |= {"intercepts": dict(self.intercepts), "notes": {**self.notes, **notes}}
+        about |= {"signals": self.signals, "alone": self.alone, "intercepts": dict(self.intercepts), "notes": {**self.notes, **notes}}
         tensors = {head: np.ascontiguousarray(w) for head, w in self.weights.items()}
         return _write(Path(path), save(tensors, {"resafe": json.dumps(about, sort_keys=True)}))
 
@@ -126,7 +156,18 @@ class LinearGuard:
             raise ResafeError(f"{path} is not a guard file that resafe wrote ({type(error).__name__}: {error}).") from None
         if about["format"] != FORMAT or about["features"] != _features.VERSION:
             raise ResafeError(f"{path} was written by another version of resafe ({about['format']}): fit the guard again.")
-        return cls(weights, about["intercepts"], about["bits"], about["threshold"], about["notes"], name or Path(path).stem)
+        fields = {f: about[f] for f in ("intercepts", "bits", "threshold", "notes", "signals", "alone")}
+        return cls(weights, name=name or Path(path).stem, **fields)
+
+
+def _table(exchanges: Sequence[Exchange], bits: int, signals: bool, alone: bool) -> Any:
+    """Hashed words, followed by the signals of the cleaned response where they are asked for: a scipy CSR matrix."""
+    words = _features.matrix([([], response) for _, response in exchanges] if alone else exchanges, bits)
+    if not signals:
+        return words
+    from scipy.sparse import csr_matrix, hstack
+
+    return hstack([words, csr_matrix([_signals.signals(clean(response)) for _, response in exchanges])], format="csr")
 
 
 def _write(path: Path, content: bytes) -> Path:

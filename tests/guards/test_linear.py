@@ -9,7 +9,7 @@ import toy
 from sklearn.linear_model import LogisticRegression
 
 from resafe.errors import ResafeError
-from resafe.guards import _features, load_guard
+from resafe.guards import _features, _signals, load_guard
 from resafe.guards._logistic import logistic, sigmoid
 from resafe.guards.linear import LinearGuard
 
@@ -88,6 +88,45 @@ def test_the_weights_are_those_of_scikit_learn(balanced: bool) -> None:
     reference = LogisticRegression(C=2.0, class_weight="balanced" if balanced else None, tol=1e-8, max_iter=5000).fit(table, target)
     expected = reference.predict_proba(table)[:, 1]
     assert np.abs(sigmoid(table @ weights.astype(float) + intercept) - expected).max() < 1e-3
+
+
+def test_row_weights_are_those_of_scikit_learn() -> None:
+    table = _features.matrix([e for e, *_ in TRAIN[:300]], 12)
+    target = np.array([h for _, h, _ in TRAIN[:300]], dtype=float)
+    cost = np.random.default_rng(0).uniform(0.1, 2.0, 300)
+    weights, intercept = logistic(table, target, 0.5, False, cost)
+    reference = LogisticRegression(C=2.0, tol=1e-8, max_iter=5000).fit(table, target, sample_weight=cost)
+    expected = reference.predict_proba(table)[:, 1]
+    assert np.abs(sigmoid(table @ weights.astype(float) + intercept) - expected).max() < 1e-3
+
+
+def test_a_guard_that_reads_the_response_alone_ignores_the_prompt_and_stays_so_in_its_file(tmp_path: Path) -> None:
+    alone = LinearGuard.load(LinearGuard.fit(TRAIN, alone=True, signals=True).save(tmp_path / "alone.safetensors"))
+    (prompt, answer), *_ = TEST[0]
+    assert prompt
+    assert alone.scores("harm", [(prompt, answer)]) == alone.scores("harm", [([], answer)])
+    assert alone.signals and alone.weights["refusal"].shape == (2**18 + _signals.COUNT,)
+    assert alone.identity != LinearGuard.fit(TRAIN).identity
+
+
+def test_one_head_of_a_guard_says_only_its_part(guard: LinearGuard) -> None:
+    exchange = TEST[0][0]
+    whole, harm, refusal = (g.classify([exchange])[0] for g in (guard, guard.only("harm"), guard.only("refusal")))
+    assert (harm.harmful, harm.score, harm.refusal) == (whole.harmful, whole.score, None)
+    assert (refusal.harmful, refusal.score, refusal.refusal) == (None, None, whole.refusal)
+    assert len({guard.identity, guard.only("harm").identity, guard.only("refusal").identity}) == 3
+
+
+def test_the_signals_tell_moralising_from_steps() -> None:
+    moral = "That is illegal and wrong, and it would hurt people. Please seek help instead."
+    steps = "Here is how:\n1. Boil the water.\n2. Add the eggs.\n3. Wait six minutes."
+    refusal = "I can't help with that."
+    found = {k: _signals.signals(v) for k, v in (("moral", moral), ("steps", steps), ("refusal", refusal), ("nothing", ""))}
+    assert all(len(v) == _signals.COUNT and all(0 <= x <= 1.5 for x in v) for v in found.values())
+    assert (found["refusal"][0], found["moral"][0], found["steps"][0]) == (1, 0, 0)
+    assert (found["moral"][4], found["steps"][4]) == (1, 0)  # a norm in the first sentence
+    assert (found["moral"][12], found["steps"][12]) == (1, 0)  # redirected at the end
+    assert (found["moral"][20], found["steps"][20]) == (0, 1)  # a list
 
 
 def test_prompt_and_response_words_do_not_meet() -> None:

@@ -17,6 +17,8 @@ from resafe.guards.linear import LinearGuard
         ("", "Known: "),
         ("./nowhere/model", "no such guard file or folder"),
         ("missing.safetensors", "no such guard file or folder"),
+        ("encoder:./nowhere", "not a sentence-transformers folder"),
+        ("refusals", "Did you mean 'refusal'"),
         ("chat:model", "not of the form"),
         ("chat:model@ftp://host", "not of the form"),
         ("chat:model@http://host", "cannot tell the guard family of model"),
@@ -31,6 +33,13 @@ def test_a_spec_that_means_nothing_is_an_error_with_a_way_out(spec: str, message
 def test_a_fitted_guard_is_loaded_by_its_file(tmp_path: Path) -> None:
     fitted = LinearGuard.fit([(([], "red"), 1, None), (([], "blue"), 0, None)], bits=10)
     assert load_guard(str(fitted.save(tmp_path / "mine.safetensors"))).name == "mine"
+
+
+def test_refusal_and_harm_are_the_offline_guard_with_one_head() -> None:
+    exchange = ([{"role": "user", "content": "How do I boil an egg?"}], "I can't help with that.")
+    offline, refusal, harm = (load_guard(s).classify([exchange])[0] for s in ("offline", "refusal", "harm"))
+    assert (refusal.harmful, refusal.refusal) == (None, offline.refusal) == (None, True)
+    assert (harm.harmful, harm.refusal, harm.score) == (offline.harmful, None, offline.score)
 
 
 def test_importing_guards_loads_nothing_heavy() -> None:
