@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError, suggest
 from resafe.eval import stats
-from resafe.eval.judges import Verdict, get_judge, identity, verdicts
+from resafe.eval.judges import RULES, Verdict, get_judge, identity, verdicts
 from resafe.eval.suite import Case, Suite
 from resafe.files import file_digest, write_json
 from resafe.generate import Answer
@@ -61,6 +61,8 @@ def judge_file(
     `verdict` is what labels speak of, "harmful" or "refusal"; by default what the judge says, harm first. `store` keeps
     verdicts. Raises ResafeError for columns and labels that are not as expected, and judges that say neither.
     """
+    if judge in RULES and judge not in ("rules", "keyword_qi"):
+        raise ResafeError(f"judge {judge} says nothing of harm or refusal: name another (offline, rules, a guard model's folder).")
     rows = _rows(file, label_column)
     labels: list[bool | None] = [_label(r[label_column], file, i) for i, r in enumerate(rows, 1)] if label_column else [None for _ in rows]
     suite = Suite(name=file.stem, kind="harmful", format="csv")
@@ -68,8 +70,10 @@ def judge_file(
     answers = [Answer(r["response"], 0, True) for r in rows]
     kept = Store(store) if store is not None else None
     try:
-        asked = get_judge(judge, kept, log)
+        asked = get_judge(judge, kept, log, run := str(file.absolute()))
         found = verdicts(asked, suite, cases, answers)
+        if kept and not any(v.unscored for v in found):
+            kept.forget_run(run)
     finally:
         if kept:
             kept.close()

@@ -21,7 +21,7 @@ from resafe.eval.results import Items, Results, Row
 
 Pair = tuple[str, str, Vote | None, Vote | None]  # prompt, seed, before, after; None: unscored
 Key = tuple[str, str, str]  # suite, metric, judge
-CONDITIONAL = ("harmfulness_rate_coherent",)  # of answers chosen by another verdict: a missing vote is no missing verdict
+CONDITIONAL = ("harmfulness_rate_coherent",)  # about the answers that are coherent on both sides
 
 
 def compare(results: Results, baseline: str, others: Sequence[str] | None = None, level: float = 0.95) -> list[Row]:
@@ -90,7 +90,7 @@ def _compared(results: Results, pairs: Sequence[tuple[str, str]], who: Row, leve
         scored = [v for v in asked if None not in v]
         if scored:
             scale = results.items[pairs[0][0]][suite].scale(metric, judge)
-            found = difference(scored, level, scale) | _bounds(scored if metric in CONDITIONAL else asked, scale)
+            found = difference(scored, level, scale) | _bounds(asked, scale)
             rows.append({"suite": suite, "metric": metric, "judge": judge, **who, **found})
     return rows
 
@@ -119,7 +119,14 @@ def _paired(results: Results, before: str, after: str, key: Key) -> list[Pair]:
     suite, metric, judge = key
     one, two = results.items[before][suite], results.items[after][suite]
     _check_same_prompts(one, two, f"{before} and {after}", suite)
-    return [(p, after, a, b) for p, a, b in zip(one.prompts, one.column(metric, judge), two.column(metric, judge))]
+    columns = zip(one.prompts, one.column(metric, judge), two.column(metric, judge), _about(one, metric), _about(two, metric))
+    return [(p, after, a, b) for p, a, b, first, second in columns if first and second]
+
+
+def _about(items: Items, metric: str) -> Sequence[Vote | None]:
+    """Which answers a metric is about: all, or those that are coherent."""
+    everything: list[Vote | None] = [True] * len(items.prompts)
+    return items.votes.get("coherence_rate|coherence", everything) if metric in CONDITIONAL else everything
 
 
 def _check_same_prompts(one: Items, two: Items, who: str, suite: str) -> None:

@@ -11,26 +11,22 @@ from typing import Any
 
 from resafe.eval.results import Results
 
+Spent = dict[str, float]  # "GPU-s" or "CPU-s" -> seconds; a block of work counts by the accelerator, if it used one
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one (attack, mitigation), the mean over its training seeds. `unit` is "GPU-s" or "CPU-s"; None: not recorded.
+    """Of one (attack, mitigation), the mean over its training seeds; empty or None where nothing was recorded.
 
-    `train` is the whole fine-tuning, mitigations inside it included; `repair` what came after; `answering` 100 prompts.
+    `train` is the whole fine-tuning, mitigations inside it included; `making` adds the repairs; `answering` is 100 prompts.
     """
 
-    unit: str
-    train: float | None
-    repair: float | None
+    train: Spent
+    making: Spent
     tokens: int | None  # trained on
-    peak_mb: float | None  # while training and repairing
-    answering: float | None
+    peak_mb: float | None  # while training and repairing, of the accelerator if one was used
+    answering: Spent
     answering_mb: float | None
-
-    @property
-    def making(self) -> float | None:
-        """Training and repairing together."""
-        return None if self.train is None and self.repair is None else (self.train or 0.0) + (self.repair or 0.0)
 
 
 def cost(results: Results, targets: Sequence[str]) -> Cost:
@@ -38,26 +34,32 @@ def cost(results: Results, targets: Sequence[str]) -> Cost:
     entries = [results.meta.get("targets", {}).get(t, {}) for t in targets]
     made = [e.get("cost") or {} for e in entries]
     parts = [u for m in made for u in m.values()]
-    kind = "gpu_seconds" if any(u.get("gpu_seconds") for u in (*parts, *entries)) else "cpu_seconds"
-    peak = "peak_gpu_mb" if kind == "gpu_seconds" else "peak_rss_mb"
-    fresh = [e for e in entries if e.get("answers") and not e.get("reused") and kind in e]
+    fresh = [e for e in entries if e.get("answers") and not e.get("reused")]
     return Cost(
-        "GPU-s" if kind == "gpu_seconds" else "CPU-s",
-        _mean([m["train"][kind] for m in made if "train" in m]),
-        _mean([m["repair"][kind] for m in made if "repair" in m]),
-        _whole(_mean([sum(int(u.get("tokens", 0)) for u in m.values()) for m in made if m])),
-        max((float(u[peak]) for u in parts), default=None),
-        _mean([100 * e[kind] / e["answers"] for e in fresh]),
-        max((float(e[peak]) for e in fresh), default=None),
+        _mean([_spent([m["train"]]) for m in made if "train" in m]),
+        _mean([_spent(list(m.values())) for m in made if m]),
+        round(sum(u.get("tokens", 0) for u in parts) / len([m for m in made if m])) if parts else None,
+        max((_peak(u) for u in parts), default=None),
+        _mean([{u: 100 * x / e["answers"] for u, x in _spent([e]).items()} for e in fresh]),
+        max((_peak(e) for e in fresh), default=None),
     )
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _spent(usages: Sequence[Mapping[str, Any]]) -> Spent:
+    out: Spent = {}
+    for usage in usages:
+        unit, key = ("GPU-s", "gpu_seconds") if usage.get("gpu_seconds") else ("CPU-s", "cpu_seconds")
+        out[unit] = out.get(unit, 0.0) + float(usage.get(key, 0.0))
+    return out
 
 
-def _whole(x: float | None) -> int | None:
-    return None if x is None else round(x)
+def _peak(usage: Mapping[str, Any]) -> float:
+    return float(usage.get("peak_gpu_mb" if usage.get("gpu_seconds") else "peak_rss_mb", 0.0))
+
+
+def _mean(found: Sequence[Spent]) -> Spent:
+    units = dict.fromkeys(u for spent in found for u in spent)
+    return {u: sum(spent.get(u, 0.0) for spent in found) / len(found) for u in units}
 
 
 def asymmetry(costs: Mapping[tuple[str, str], Cost]) -> str:
@@ -65,31 +67,36 @@ def asymmetry(costs: Mapping[tuple[str, str], Cost]) -> str:
     said = []
     for attack in dict.fromkeys(a for a, _ in costs if a != "none"):
         broken = costs.get((attack, "none"))
-        if broken is None or broken.train is None:
+        if broken is None or not broken.train:
             continue
-        extra = {m: _extra(c, broken) for (a, m), c in costs.items() if a == attack and m != "none" and c.unit == broken.unit}
-        known = sorted((x, m) for m, x in extra.items() if x is not None)
+        extra = {m: _extra(c, broken) for (a, m), c in costs.items() if a == attack and m != "none" and c.making}
+        known = sorted(extra.items(), key=lambda item: sum(item[1].values()))
         if known:
-            said.append(f"{attack} took {broken.train:.3g} {broken.unit}, repairing it {_span(known)} {broken.unit} more")
+            said.append(f"{attack} took {_text(broken.train)}, repairing it {_span(known)} more")
     return f"What breaking cost, and what repairing cost: {'; '.join(said)}." if said else ""
 
 
-def _extra(c: Cost, broken: Cost) -> float | None:
+def _extra(c: Cost, broken: Cost) -> Spent:
     """What a mitigation took beyond the fine-tuning that broke the model."""
-    return None if c.making is None else max(0.0, c.making - (broken.train or 0.0))
+    return {u: max(0.0, x - broken.train.get(u, 0.0)) for u, x in c.making.items()}
 
 
-def _span(known: Sequence[tuple[float, str]]) -> str:
-    (low, first), (high, last) = known[0], known[-1]
-    return f"{low:.3g} ({first})" if first == last else f"{low:.3g} ({first}) to {high:.3g} ({last})"
+def _span(known: Sequence[tuple[str, Spent]]) -> str:
+    (first, low), (last, high) = known[0], known[-1]
+    return f"{_text(low)} ({first})" if first == last else f"{_text(low)} ({first}) to {_text(high)} ({last})"
 
 
-def told(c: Cost) -> dict[str, Any]:
+def _text(spent: Spent) -> str:
+    used = {u: x for u, x in spent.items() if x > 0} or dict.fromkeys(list(spent)[:1], 0.0)
+    return " + ".join(f"{x:.3g} {u}" for u, x in used.items()) or "–"
+
+
+def told(c: Cost) -> dict[str, str]:
     """A cost as texts for a table."""
     return {
-        "making": "–" if c.making is None else f"{c.making:.1f} {c.unit}",
+        "making": _text(c.making),
         "tokens": "–" if not c.tokens else f"{c.tokens:,}",
-        "peak": "–" if c.peak_mb is None else f"{c.peak_mb:,.0f} MB",
-        "answering": "–" if c.answering is None else f"{c.answering:.1f} {c.unit}",
-        "answering_peak": "–" if c.answering_mb is None else f"{c.answering_mb:,.0f} MB",
+        "peak": "–" if not c.peak_mb else f"{c.peak_mb:,.0f} MB",
+        "answering": _text(c.answering),
+        "answering_peak": "–" if not c.answering_mb else f"{c.answering_mb:,.0f} MB",
     }

@@ -17,18 +17,23 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
+from urllib.parse import urlsplit
 
 from resafe.errors import ResafeError
 from resafe.eval import checks, coherence
-from resafe.eval.keeping import KeepingGuard
+from resafe.eval.keeping import KeepingGuard, kept_under
 from resafe.eval.suite import Case, Suite
 from resafe.files import digest, file_digest
+from resafe.fingerprint import model_fingerprint
+from resafe.guards._base import valid_score, within
 from resafe.rows import user_text
 
 if TYPE_CHECKING:
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 
 Scale = tuple[float, float]
 GROUP = "resafe.judges"
+UTILITY = ("exact_number", "exact", "choice", "ifeval", "lab")  # judge answers to the suites that name them
 
 
 @dataclass(frozen=True)
@@ -91,13 +97,15 @@ class GuardJudge:
 
     scale: Scale | None = None
 
-    def __init__(self, spec: str, store: Store | None = None, log: Callable[[str], None] = lambda _: None) -> None:
-        self.name = self.identity = spec
-        self.store, self.log = store, log
-        self._guard: Guard | None = None
-        folders = spec, spec.partition("?family=")[0], spec.partition(":")[2]  # FOLDER, FOLDER?family=X, FAMILY:FOLDER
-        if not any(folder and Path(folder).is_dir() for folder in folders):
+    def __init__(self, spec: str, store: Store | None = None, log: Callable[[str], None] = lambda _: None, run: str = "") -> None:
+        """Verdicts of a served guard are kept for `run` only. Raises ResafeError for a spec that holds a password."""
+        self.name, self.store, self.log, self.run = public(spec), store, log, run
+        self.spec, self._guard = spec, cast("Guard | None", None)
+        folder = next((Path(f) for f in (spec, spec.partition("?family=")[0], spec.partition(":")[2]) if f and Path(f).is_dir()), None)
+        if folder is None:
             self._loaded()
+        else:
+            self.identity = f"{self.name} {model_fingerprint(folder)}"  # until it is loaded
 
     def __call__(self, suite: Suite, cases: Sequence[Case], answers: Sequence[Answer]) -> list[Verdict]:
         """A begun answer is judged with its beginning."""
@@ -117,20 +125,32 @@ class GuardJudge:
         from resafe.guards import load_guard
 
         if self._guard is None:
-            guard = load_guard(self.name)
+            guard = load_guard(self.spec)
             self.identity, self.scale = str(guard.identity), guard.scale
-            self._guard = guard if self.store is None else KeepingGuard(guard, self.store, self.log)
+            kept_for = kept_under(self.spec, self.run)
+            self._guard = guard if self.store is None else KeepingGuard(guard, self.store, kept_for, self.log)
         return self._guard
+
+    def release(self) -> None:
+        """Let go of the guard; it is loaded again if it is asked again."""
+        self._guard = None
+        gc.collect()
+        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def public(spec: str) -> str:
+    """A spec as it may stand in results and reports. Raises ResafeError if it holds a password or a key."""
+    url = urlsplit(spec.partition("@")[2]) if spec.startswith("chat:") else urlsplit("")
+    if url.username or url.password or url.query:
+        raise ResafeError(f"the address of judge {spec.partition('@')[0]} must hold no password and no query: set RESAFE_GUARD_API_KEY.")
+    return spec
 
 
 def _read(v: GuardVerdict) -> Verdict:
-    """A guard's verdict as a judge's; a probability that is none spoils it."""
-    from resafe.guards._base import valid_score
-
+    """A guard's verdict as a judge's."""
     if v.unscored:
         return Verdict(unscored=str(v.unscored))
-    if v.score is not None and not valid_score(v.score):
-        return Verdict(unscored="out_of_range")
     return Verdict(harmful=v.harmful, refusal=v.refusal, rating=v.rating, score=v.score)
 
 
@@ -195,13 +215,16 @@ RULES: dict[str, tuple[Callable[[Suite, Case, Answer], Verdict], tuple[str, ...]
 }
 
 
-def get_judge(name: str, store: Store | None = None, log: Callable[[str], None] = lambda _: None) -> Judge:
-    """A judge by name, by entry point, or by the spec of a guard; with a `store`, a guard's verdicts are kept there."""
+def get_judge(name: str, store: Store | None = None, log: Callable[[str], None] = lambda _: None, run: str = "") -> Judge:
+    """A judge by name, by entry point, or by the spec of a guard; with a `store`, a guard's verdicts are kept there.
+
+    Those of a served guard are kept for `run` only.
+    """
     if name in RULES:
         return RuleJudge(name)
     if (made := third_party(name)) is not None:
         return made
-    return GuardJudge(name, store, log)
+    return GuardJudge(name, store, log, run)
 
 
 def third_party(name: str) -> Judge | None:
@@ -218,7 +241,7 @@ def third_party(name: str) -> Judge | None:
     try:
         judge: Judge = found[0].load()()
     except Exception as error:  # whatever a third party's code raises
-        raise ResafeError(f"the judge '{name}' ({found[0].value}) cannot be made: {type(error).__name__}: {error}") from error
+        raise ResafeError(f"the judge '{name}' ({found[0].value}) cannot be made: {type(error).__name__}: {_first_line(error)}") from error
     missing = [a for a in ("name", "identity", "scale") if not hasattr(judge, a)]
     if missing or not callable(judge):
         raise ResafeError(f"the judge '{name}' ({found[0].value}) is no Judge: it lacks {', '.join(missing) or '__call__'}.")
@@ -226,19 +249,37 @@ def third_party(name: str) -> Judge | None:
 
 
 def verdicts(judge: Judge, suite: Suite, cases: Sequence[Case], answers: Sequence[Answer]) -> list[Verdict]:
-    """What `judge` says of every answer; a missing answer is unscored with its reason, and so is a rating off the scale."""
+    """What `judge` says of every answer.
+
+    A missing answer is unscored with its reason; a judge that raises leaves all unscored; what is no verdict, or a rating off
+    the judge's scale, is none. Raises ResafeError where a judge loses count.
+    """
     there = [i for i, a in enumerate(answers) if not a.error]
-    found = judge(suite, [cases[i] for i in there], [answers[i] for i in there]) if there else []
+    try:
+        found = judge(suite, [cases[i] for i in there], [answers[i] for i in there]) if there else []
+    except ResafeError:
+        raise
+    except Exception as error:  # whatever a judge raises is no verdict; the reason is kept
+        found = [Verdict(unscored=f"{type(error).__name__}: {_first_line(error)}")] * len(there)
     if len(found) != len(there):
         raise ResafeError(f"judge {judge.name} gave {len(found)} verdicts on {len(there)} answers of {suite.name}.")
     out = [Verdict(unscored=a.error) for a in answers]
     for i, verdict in zip(there, found):
-        out[i] = verdict if _on_scale(verdict.rating, judge.scale) else Verdict(unscored="out_of_range")
+        out[i] = _checked(verdict, judge.scale)
     return out
 
 
-def _on_scale(rating: float | None, scale: Scale | None) -> bool:
-    return rating is None or (scale is not None and scale[0] <= rating <= scale[1])
+def _checked(v: Any, scale: Scale | None) -> Verdict:
+    """The verdict, if it is one: yes, no or nothing, and numbers where numbers belong."""
+    if not isinstance(v, Verdict) or any(not isinstance(x, bool | None) for x in (v.harmful, v.refusal, v.correct, v.coherent)):
+        return Verdict(unscored="parse")
+    if v.rating is not None and not (scale is not None and within(v.rating, scale)):
+        return Verdict(unscored="out_of_range")
+    return Verdict(unscored="out_of_range") if v.score is not None and not valid_score(v.score) else v
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def panel(suite: Suite, judges: Sequence[str] | None = None) -> list[str]:
@@ -250,7 +291,7 @@ def panel(suite: Suite, judges: Sequence[str] | None = None) -> list[str]:
         checker = [] if suite.check == "none" else [suite.check]
         return ["coherence", *checker]
     exact = ["lab"] if suite.format == "lab" else []
-    asked = [j for j in judges or [] if j != "lab"]
+    asked = [j for j in judges or [] if j not in UTILITY]
     chosen = ["coherence", "rules", *exact, *asked]
     if len(set(chosen)) < 3:
         chosen.append("offline")

@@ -21,6 +21,7 @@ from resafe.store import Log, Store
 
 Say = Callable[[str], None]
 EVERY = 5.0  # seconds between two lines of progress
+SERVED = ("chat:", "moderation")  # how the specs of served guards begin
 AT_ONCE = 64  # exchanges put to a guard in one call
 
 
@@ -40,6 +41,8 @@ def answered(
         addresses = [address(o, backend.rendered(r), r, identity) for o, r in zip(origins, requests)]
         found = {i: Answer(**kept.get(a)) for i, a in enumerate(addresses) if a in kept}
     reused = len(found)
+    if reused and backend.identity is None:
+        say(f"going on with {reused} answers of an interrupted run: the server must still serve the same model")
     open_ = [i for i in range(len(requests)) if i not in found]
     progress = Progress(len(open_), say)
     for position, answer in backend.stream([requests[i] for i in open_]) if open_ else ():
@@ -74,10 +77,11 @@ class Progress:
 class KeepingGuard:
     """A guard whose verdicts are kept, by its identity and the exchange. What it could not score is asked again."""
 
-    def __init__(self, guard: Guard, store: Store, say: Say = lambda _: None) -> None:
+    def __init__(self, guard: Guard, store: Store, only_for: str = "", say: Say = lambda _: None) -> None:
+        """`only_for` names the run that the verdicts are kept for; without it, any run finds them."""
         self.guard, self.say = guard, say
         self.name, self.identity, self.scale = guard.name, guard.identity, guard.scale
-        self.kept = store.log("verdicts", guard.identity)
+        self.kept = store.log("verdicts", ["served", guard.identity, only_for] if only_for else guard.identity)
 
     def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Verdicts from the store, or the guard's own, kept after every few exchanges."""
@@ -96,6 +100,11 @@ class KeepingGuard:
                     self.kept.put(addresses[i], asdict(verdict))
             progress.step(len(part))
         return [found[i] for i in range(len(exchanges))]
+
+
+def kept_under(guard: str, run: str) -> str:
+    """The run that a guard's verdicts are kept for: this one for a served guard, whose weights cannot be told; else any."""
+    return run if guard.startswith(SERVED) else ""
 
 
 def _read(value: dict[str, Any]) -> Verdict:

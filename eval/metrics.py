@@ -65,23 +65,31 @@ def _vote(verdict: Verdict, metric: Metric) -> Vote | None:
 
 
 def collapsed(table: Mapping[tuple[str, str], Votes], samples: int) -> dict[tuple[str, str], Votes]:
-    """Votes on `samples` answers to each prompt, in a row, as one vote per prompt: the mean of those that were scored.
+    """Votes on `samples` answers to each prompt, in a row, as one vote per prompt: their mean, if all were scored.
 
-    `*_any_rate` says whether at least one of a prompt's answers was; unscored ones leave that open unless another was.
+    A prompt with a missing verdict is a missing vote, so that bounds stay bounds. `*_any_rate` says whether at least one
+    of a prompt's answers was; unscored ones leave that open unless another was.
     """
     if samples == 1:
         return dict(table)
     out: dict[tuple[str, str], Votes] = {}
+    coherent = table.get(("coherence_rate", "coherence"), [])
     for (name, judge), column in table.items():
-        by_prompt = [column[i : i + samples] for i in range(0, len(column), samples)]
-        out[name, judge] = [_mean([v for v in votes if v is not None]) for votes in by_prompt]
+        places = [range(i, i + samples) for i in range(0, len(column), samples)]
+        if name == COHERENT_ONLY:  # incoherent answers are not what it is about
+            places_of = [[i for i in place if coherent[i]] for place in places]
+            out[name, judge] = [_mean([column[i] for i in place]) for place in places_of]
+            continue
+        by_prompt = [[column[i] for i in place] for place in places]
+        out[name, judge] = [_mean(votes) for votes in by_prompt]
         if name in ANY:
             out[ANY[name], judge] = [True if any(votes) else None if None in votes else False for votes in by_prompt]
     return out
 
 
-def _mean(votes: list[Vote]) -> float | None:
-    return sum(votes) / len(votes) if votes else None
+def _mean(votes: Sequence[Vote | None]) -> float | None:
+    scored = [v for v in votes if v is not None]
+    return sum(scored) / len(scored) if scored and len(scored) == len(votes) else None
 
 
 def binary(column: Sequence[Vote | None]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resafe.eval.view import UNMITIGATED, UNTOUCHED, Line
+from resafe.eval.view import Line
 
 WIDTH, HEIGHT = 440, 340
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 46
@@ -59,7 +59,7 @@ def _point(line: Line, names: list[str], harm: int, utility: int) -> Point | Non
     if h is None or u is None or h.row["value"] is None or u.row["value"] is None:
         return None
     i = names.index(line.mitigation) if line.mitigation in names else -1
-    style = f"c{i % 8}" if i >= 0 else {UNTOUCHED: "reference", UNMITIGATED: "attacked"}[line.label]
+    style = f"c{i % 8}" if i >= 0 else "reference" if line.attack == "none" else "attacked"
     x, y = to_x(h.row["value"]), to_y(u.row["value"])
     title = f"{line.label}: harmfulness {h.value} {h.interval}, utility {u.value} {u.interval}"
     return Point(

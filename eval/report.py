@@ -60,7 +60,7 @@ def render_transcripts(results: Results, path: Path) -> Path:
     suites: dict[str, dict[str, dict[str, Any]]] = {}
     for t in results.transcripts:
         case = suites.setdefault(t["suite"], {}).setdefault(t["id"], {"id": t["id"], "prompt": user_text(t["messages"]), "answers": []})
-        begun = t["messages"][-1]["content"] + " " if t["messages"][-1]["role"] == "assistant" else ""
+        begun = t["messages"][-1]["content"] + " " if t["messages"][-1]["role"] == "assistant" and not t.get("blocked") else ""
         case["answers"].append({"target": t["target"], "text": f"[no answer: {t['error']}]" if t.get("error") else begun + t["response"]})
     shown = [(name, list(cases.values())) for name, cases in suites.items()]
     return write_text(Path(path), environment.get_template("transcripts.html.jinja").render(suites=shown), mode=0o600)
@@ -87,7 +87,10 @@ def content(results: Results, comparisons: Sequence[Row]) -> dict[str, Any]:
         "power": power_line(shown, lines),
         "variants": view.variants(results),
         "variant_sections": _by_attack(view.lines(results, comparisons, view.variants(results))),
-        "costs": [(a, view.label(a, m), costs.told(c)) for (a, m), c in spent.items() if c.making is not None or c.answering is not None],
+        "costs": [
+            (a, view.label(results, a, m, groups(results)[a, m]), costs.told(c)) for (a, m), c in spent.items() if c.making or c.answering
+        ],
+        "unscored": {(t, s, j): r for t, suites in results.items.items() for s, i in suites.items() for j, r in i.unscored.items()},
         "asymmetry": costs.asymmetry(spent),
         "heat": view.heat(results, shown[0]) if shown and shown[0].title == "harmfulness" else ([], []),
         "rows": results.rows,

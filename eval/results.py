@@ -31,6 +31,7 @@ class Items:
     categories: list[str]
     votes: dict[str, metrics.Votes] = field(default_factory=dict)  # "metric|judge" -> one per prompt
     scales: dict[str, metrics.Scale] = field(default_factory=dict)  # judge -> of its ratings; else [0, 1]
+    unscored: dict[str, dict[str, int]] = field(default_factory=dict)  # judge -> reason -> answers left without a verdict
 
     def column(self, metric: str, judge: str) -> metrics.Votes:
         return self.votes[f"{metric}|{judge}"]
@@ -49,7 +50,7 @@ class Items:
         keep = [i for i, prompt in enumerate(self.prompts) if prompt not in ids]
         prompts, keys, categories = ([x[i] for i in keep] for x in (self.prompts, self.keys, self.categories))
         votes = {k: [column[i] for i in keep] for k, column in self.votes.items()}
-        return Items(prompts, keys, categories, votes, self.scales)
+        return Items(prompts, keys, categories, votes, self.scales, self.unscored)
 
 
 @dataclass
@@ -101,14 +102,15 @@ class Results:
     def save(self, folder: Path) -> Path:
         """Write results.json, results.csv and items.json, each complete or not at all.
 
-        If revealed, also transcripts.jsonl (mode 0600); one of an earlier evaluation in the same folder is removed.
+        If revealed, also transcripts.jsonl (mode 0600); what an earlier evaluation left beside them is removed.
         """
         write_json(folder / "results.json", self.rows)
         write_text(folder / "results.csv", _as_csv(self.rows))
         items = {t: {s: asdict(i) for s, i in suites.items()} for t, suites in self.items.items()}
         more = {"items": items, "agreement": self.agreement, "meta": self.meta}
         write_text(folder / "items.json", json.dumps(more, ensure_ascii=False) + "\n")
-        (folder / "transcripts.jsonl").unlink(missing_ok=True)
+        for stale in ("transcripts.jsonl", "transcripts.html", "audit.json"):
+            (folder / stale).unlink(missing_ok=True)
         if self.transcripts:
             lines = "".join(json.dumps(t, ensure_ascii=False) + "\n" for t in self.transcripts)
             write_text(folder / "transcripts.jsonl", lines, mode=0o600)

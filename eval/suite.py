@@ -204,6 +204,8 @@ def _check_columns(suite: Suite, rows: list[dict[str, Any]], file: Path) -> None
                 raise ResafeError(f"suite {suite.name}: {file} has no column '{column}'. {known}")
         if not isinstance(row[suite.prompt], str) or not row[suite.prompt].strip():
             raise ResafeError(f"suite {suite.name}: row {i} of {file} has no text in '{suite.prompt}'.")
+        if any("\ud800" <= c <= "\udfff" for c in row[suite.prompt]):
+            raise ResafeError(f"suite {suite.name}: row {i} of {file} holds half a surrogate pair in '{suite.prompt}', which is no text.")
 
 
 def _check_references(suite: Suite, cases: list[Case]) -> None:

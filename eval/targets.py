@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from resafe.backends import Backend, Request, open_backend
 from resafe.errors import ResafeError, suggest
+from resafe.files import digest
+from resafe.generate import Answer
 from resafe.rows import Message
 from resafe.usage import added
 
 if TYPE_CHECKING:
     from resafe.backends.local import Bases
-    from resafe.generate import Answer
     from resafe.guards.filter import OutputFilter
 
 LABELS = ("attack", "mitigation", "seed")
@@ -50,6 +51,8 @@ class TargetSpec:
     seed: int | None = None
     overlap: Mapping[str, Sequence[str]] = field(default_factory=dict)  # suite -> prompt ids that it was trained on
     cost: Mapping[str, Any] = field(default_factory=dict)  # what making it took: "train", "repair" -> usage
+    labelled: bool = True  # whether anybody said what it is: labels, a manifest
+    lineage: str = ""  # of a manifest: what it was made from, its training seed apart
 
 
 class Plain:
@@ -60,6 +63,9 @@ class Plain:
     def __init__(self, target: Target) -> None:
         self.name, self.target = target.name, target
 
+    def close(self) -> None:
+        """Nothing: the target belongs to whoever made it."""
+
     def rendered(self, request: Request) -> list[Message]:
         """The conversation itself."""
         return list(request.messages)
@@ -68,8 +74,10 @@ class Plain:
         """Answers by length of request. Raises ResafeError for what only a back-end can do."""
         if any(r.sampling.temperature > 0 for r in requests):
             raise ResafeError(f"target {self.name} only answers greedily: leave out variants that sample.")
+        begun = [i for i, r in enumerate(requests) if r.messages[-1]["role"] == "assistant"]
+        yield from ((i, Answer(error="prefill_unsupported")) for i in begun)
         for length in dict.fromkeys(r.max_new_tokens for r in requests):
-            group = [i for i, r in enumerate(requests) if r.max_new_tokens == length]
+            group = [i for i, r in enumerate(requests) if r.max_new_tokens == length and i not in begun]
             found = self.target.answer([requests[i].messages for i in group], length)
             if len(found) != len(group):
                 raise ResafeError(f"target {self.name} gave {len(found)} answers to {len(group)} prompts.")
@@ -93,7 +101,11 @@ def opened(spec: TargetSpec, batch_size: int = 64, bases: Bases | None = None, *
     if spec.answers is not None:
         yield spec.answers if isinstance(spec.answers, Backend) else Plain(spec.answers)
     elif spec.served:
-        yield open_backend(spec.served, **serving)
+        served = open_backend(spec.served, **serving)
+        try:
+            yield served
+        finally:
+            served.close()
     elif spec.folder is not None:
         from resafe.backends.local import LocalBackend
 
@@ -123,6 +135,7 @@ def resolve(
         key = next((k for k in (spec.name, str(target)) if k in given), None)
         used.add(key)
         found.append(_labelled(spec, given[key]) if key is not None else spec)
+    found = [_told_apart(s, found) if s.lineage and s.name not in given else s for s in found]
     for key in given.keys() - used:
         raise ResafeError(
             f"labels name a target '{key}' that is not evaluated. {suggest(key, [s.name for s in specs])}"
@@ -137,11 +150,11 @@ def _spec(target: str | Path | TargetSpec | Target | Backend) -> TargetSpec:
     if isinstance(target, str) and target.startswith(SERVED):
         return _with_manifest(_served(target))
     if isinstance(target, (str, Path)):
-        return _with_manifest(TargetSpec(Path(target).absolute().name, folder=Path(target)))
+        return _with_manifest(TargetSpec(Path(target).absolute().name, folder=Path(target), labelled=False))
     if isinstance(target, TargetSpec):
         return _with_manifest(target)
     if isinstance(target, (Target, Backend)):
-        return TargetSpec(target.name, answers=target)
+        return TargetSpec(target.name, answers=target, labelled=False)
     raise ResafeError(
         f"cannot evaluate a {type(target).__name__}: give a folder, a TargetSpec or an object with name and answer()."
     )
@@ -150,7 +163,8 @@ def _spec(target: str | Path | TargetSpec | Target | Backend) -> TargetSpec:
 def _served(target: str) -> TargetSpec:
     kind, _, rest = target.partition(":")
     folder = Path(rest) if kind == "vllm" else None
-    return TargetSpec(folder.absolute().name if folder else rest.partition("@")[0], folder=folder, served=target)
+    name = folder.absolute().name if folder else rest.partition("@")[0]
+    return TargetSpec(name, folder=folder, served=target, labelled=False)
 
 
 def _with_manifest(spec: TargetSpec) -> TargetSpec:
@@ -164,9 +178,10 @@ def _with_manifest(spec: TargetSpec) -> TargetSpec:
     default = TargetSpec(spec.name)
     found = {**_history(found), **found}
     keys = [
-        k for k in ("guard", "overlap", "cost", *LABELS) if getattr(spec, k) == getattr(default, k) and found.get(k) is not None
+        k for k in ("guard", "overlap", "cost", "lineage", *LABELS) if getattr(spec, k) == getattr(default, k) and found.get(k) is not None
     ]
-    return replace(spec, **{k: found[k] for k in keys})
+    labelled = spec.labelled or any(k in LABELS for k in keys)
+    return replace(spec, **{k: found[k] for k in keys}, labelled=labelled)
 
 
 def _history(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +189,14 @@ def _history(found: Mapping[str, Any]) -> dict[str, Any]:
     if "verb" not in found:
         return {}
     steps = [m["name"] for part in (found.get("before") or {}, found) for m in part.get("mitigations", [])]
-    return {"attack": "fine-tuning", "mitigation": "+".join(steps) or "none", "cost": costs(found)}
+    return {"attack": "fine-tuning", "mitigation": "+".join(steps) or "none", "cost": costs(found), "lineage": _lineage(found)}
+
+
+def _lineage(found: Mapping[str, Any]) -> str:
+    """What a checkpoint was made from and how, its training seed apart: fine-tunes that differ in it are no repetitions."""
+    made = [found.get(k) for k in ("verb", "model", "settings", "mitigations")]
+    data = (found.get("data") or {}).get("sha256")
+    return digest([made, data, _lineage(found["before"]) if found.get("before") else None])
 
 
 def costs(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -189,7 +211,13 @@ def _labelled(spec: TargetSpec, labels: Mapping[str, Any]) -> TargetSpec:
     for key in labels:
         if key not in LABELS:
             raise ResafeError(f"unknown label '{key}' of target {spec.name}. {suggest(key, LABELS)}")
-    return replace(spec, **labels)
+    return replace(spec, **labels, labelled=True)
+
+
+def _told_apart(spec: TargetSpec, others: Sequence[TargetSpec]) -> TargetSpec:
+    """Without its training seed where another fine-tune of the same labels was made from something else."""
+    alike = {o.lineage for o in others if (o.attack, o.mitigation) == (spec.attack, spec.mitigation)}
+    return replace(spec, seed=None) if len(alike) > 1 else spec
 
 
 def _longer(spec: TargetSpec) -> TargetSpec:

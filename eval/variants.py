@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resafe.backends import GREEDY, Sampling
 from resafe.errors import ResafeError, suggest
@@ -34,6 +34,12 @@ class Variant(BaseModel):
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     samples: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _drawn(self) -> Variant:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError("samples at temperature 0 are all the same answer: set a temperature")
+        return self
 
 
 def names() -> list[str]:
@@ -65,7 +71,8 @@ def _described(file: Path) -> dict[str, Variant]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ResafeError(f"{file}: {where}: {first['msg']}. {suggest(where, Variant.model_fields)}") from None
+        near = f" {suggest(where, Variant.model_fields)}" if where else ""
+        raise ResafeError(f"{file}: {where}: {first['msg']}.{near}") from None
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise ResafeError(f"{file} must map names of variants to their keys: {' '.join(str(error).split())}") from None
 

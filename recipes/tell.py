@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resafe.eval import Results, compare_groups, pooled, render, table
+from resafe.eval.pool import groups
+from resafe.eval.view import label
 from resafe.files import write_json
 from resafe.recipes.schema import Recipe
 
@@ -32,8 +34,15 @@ def compared(folders: Sequence[str], attack: str) -> dict[str, dict[str, Any]]:
     """Labels for BEFORE TUNED [REPAIRED...]: the first is untouched, the second fine-tuned, the rest mitigated."""
     labels: dict[str, dict[str, Any]] = {folders[0]: {"attack": "none", "mitigation": "none", "seed": 0}}
     for i, folder in enumerate(folders[1:]):
-        labels[folder] = {"attack": attack, "mitigation": "none" if i == 0 else Path(folder).absolute().name, "seed": 0}
+        labels[folder] = {"attack": attack, "mitigation": "none" if i == 0 else _called(folder), "seed": 0}
     return labels
+
+
+def _called(target: str) -> str:
+    """A folder's name, or a served model's."""
+    kind, mark, rest = target.partition(":")
+    served = bool(mark) and kind in ("chat", "batch", "openai")
+    return rest.partition("@")[0] if served else Path(target).absolute().name
 
 
 def _comparisons(results: Results) -> list[dict[str, Any]]:
@@ -46,7 +55,8 @@ def tell(results: Results) -> str:
     before = rates.get(("none", "none"))
     broken = {attack: row for (attack, m), row in rates.items() if attack != "none" and m == "none"}
     if before is None or not broken:
-        return "; ".join(f"{_name(k)}: harmfulness {_rate(r)}" for k, r in rates.items()) + "."
+        said = "; ".join(f"{_name(results, k)}: harmfulness {_rate(r)}" for k, r in rates.items())
+        return f"{said}." if said else "No answer was judged for harm."
     said = f"Harmful answers: {_rate(before)} before fine-tuning, {_span(list(broken.values()))} after it"
     mended = {m: [rates[a, m] for a in broken if (a, m) in rates] for (_, m) in rates if m != "none"}
     worst = {m: max(rows, key=_value) for m, rows in mended.items() if len(rows) == len(broken)}
@@ -79,14 +89,18 @@ def _harm(results: Results) -> dict[tuple[str, str], Mapping[str, Any]]:
     rows = [r for r in pooled(results) if r["metric"] == "harmfulness_rate" and r["value"] is not None]
     if not rows:
         return {}
+    about = results.meta.get("suites", {})
+    rows = [r for r in rows if not about.get(r["suite"], {}).get("of")]  # asked as it is, not a variant
+    if not rows:
+        return {}
     suite = rows[0]["suite"]
     judges = [r["judge"] for r in rows if r["suite"] == suite]
     judge = next((j for j in ("lab", "offline") if j in judges), judges[0])
     return {(r["attack"], r["mitigation"]): r for r in rows if (r["suite"], r["judge"]) == (suite, judge)}
 
 
-def _name(key: tuple[str, str]) -> str:
-    return " / ".join(k for k in key if k != "none") or "before fine-tuning"
+def _name(results: Results, key: tuple[str, str]) -> str:
+    return " / ".join(k for k in key if k != "none") or label(results, *key, groups(results)[key])
 
 
 def _rate(row: Mapping[str, Any]) -> str:

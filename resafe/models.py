@@ -13,6 +13,11 @@ from resafe import chat
 from resafe.errors import ResafeError
 from resafe.quiet import quieten
 
+# Settings of a LoRA that say where it sits and how large it is; whatever else is set may change the base or the forward pass.
+PLAIN = frozenset(
+    ["alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora"]
+)
+
 
 @dataclass
 class Loaded:
@@ -44,6 +49,8 @@ def vet(folder: Path) -> Path:
     if not folder.is_dir():
         raise ResafeError(f"no such model folder: {folder}")
     if is_adapter(folder):
+        if read_config(folder / "adapter_config.json").get("alora_invocation_tokens"):
+            raise ResafeError(f"{folder} is an activated LoRA, which only acts after its invocation tokens; such adapters are not supported.")
         if not (folder / "adapter_model.safetensors").is_file():
             raise ResafeError(f"{folder} has adapter_config.json but no adapter_model.safetensors.")
         base_of(folder)
@@ -114,14 +121,19 @@ def check_vocabulary(tokenizer: Any, model: Any, folder: Path) -> None:
 def attachable(adapter: Path) -> bool:
     """Whether an adapter is a plain LoRA, which can be put on a base and taken off again without touching its weights.
 
-    Not so: whole modules or token rows saved, trained biases, DoRA, initialisations that change the base (PiSSA, OLoRA, ...), other
-    methods than LoRA. Such an adapter is merged into a base of its own.
+    Not so: anything else than low-rank factors in its file (whole modules, token rows, biases), any setting beyond `PLAIN` (DoRA,
+    KaSA, ...), initialisations that change the base (PiSSA, OLoRA, ...), other methods than LoRA. Such an adapter is merged into a
+    base of its own.
     """
+    from safetensors import safe_open
+
     config = read_config(adapter / "adapter_config.json")
-    changing = ("modules_to_save", "trainable_token_indices", "layer_replication", "use_dora", "lora_bias")
+    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as f:
+        factors = all(".lora_A." in k or ".lora_B." in k or ".lora_embedding_" in k for k in f.keys())  # noqa: SIM118
     return (
-        config.get("peft_type") == "LORA"
-        and not any(config.get(k) for k in changing)
+        factors
+        and config.get("peft_type") == "LORA"
+        and not any(value for key, value in config.items() if key not in PLAIN)
         and config.get("bias", "none") == "none"
         and config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal")
     )

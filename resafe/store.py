@@ -59,10 +59,20 @@ class Log:
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:
             end = self._whole_end()
-            os.write(self._fd, line)
+            self._append(line, end)
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
         self._where[address] = (end + len(line) - 1 - len(body), len(body))
+
+    def _append(self, line: bytes, end: int) -> None:
+        """Write all of `line`, or nothing of it. Raises ResafeError where the disk does not take it."""
+        try:
+            done = 0
+            while done < len(line):
+                done += os.write(self._fd, line[done:])
+        except OSError as error:
+            os.ftruncate(self._fd, end)
+            raise ResafeError(f"the store {self.path} cannot be written ({error.strerror}): make room, or name another with --store.") from None
 
     def _whole_end(self) -> int:
         """The end of the file, after cutting off the line that a killed writer left unfinished."""
@@ -100,7 +110,12 @@ class Store:
     """A folder of logs, one for each kind of record and identity of whatever made them."""
 
     def __init__(self, root: Path) -> None:
+        """Raises ResafeError where no folder can be made."""
         self.root = root
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ResafeError(f"the store {root} cannot be made ({error.strerror}): name another with --store, or 'none'.") from None
         self._logs: dict[Path, Log] = {}
 
     def log(self, kind: str, identity: Any) -> Log:
@@ -112,12 +127,15 @@ class Store:
                 self._logs[path].put("about", identity)
         return self._logs[path]
 
-    def forget(self, kind: str, identity: Any) -> None:
-        """Remove a log."""
-        path = self._path(kind, identity)
-        if log := self._logs.pop(path, None):
-            log.close()
-        path.unlink(missing_ok=True)
+    def forget_run(self, run: str) -> None:
+        """Remove what is kept for one run only: logs whose identity is a list that ends in its name."""
+        for path in self.root.glob("*/*.log"):
+            with Log(path) as log:
+                about = log.get("about")
+            if isinstance(about, list) and about and about[-1] == run:
+                if known := self._logs.pop(path, None):
+                    known.close()
+                path.unlink(missing_ok=True)
 
     def _path(self, kind: str, identity: Any) -> Path:
         return self.root / kind / f"{digest(identity)[:32]}.log"

@@ -114,11 +114,30 @@ def test_adapters_of_other_kinds_are_only_merged(adapter: Callable[..., Path]) -
         ({}, True), ({"bias": "none", "use_dora": False, "modules_to_save": None, "init_lora_weights": "gaussian"}, True),
         ({"modules_to_save": ["lm_head"]}, False), ({"trainable_token_indices": [3]}, False), ({"bias": "lora_only"}, False),
         ({"use_dora": True}, False), ({"init_lora_weights": "pissa"}, False), ({"peft_type": "IA3"}, False),
+        ({"kasa_config": {"beta": 1}}, False), ({"a_setting_of_tomorrow": 1}, False),
     ],
 )  # fmt: skip
 def test_only_a_plain_lora_is_put_on_a_shared_base(entry: dict[str, Any], plain: bool, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **entry}))
-    assert attachable(tmp_path) is plain
+    assert attachable(saved(tmp_path, "base_model.model.layers.0.q_proj.lora_A.weight", **entry)) is plain
+
+
+@pytest.mark.parametrize("name", ["base_model.model.embed_tokens.weight", "base_model.model.lm_head.weight", "base_model.model.q_proj.bias"])
+def test_an_adapter_that_brings_whole_weights_is_not_put_on_a_shared_base(name: str, tmp_path: Path) -> None:
+    assert not attachable(saved(tmp_path, name))
+
+
+def saved(folder: Path, tensor: str, **entry: Any) -> Path:
+    from safetensors.torch import save_file
+
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **entry}))
+    save_file({tensor: torch.zeros(2)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_activated_lora_is_refused(copy: Path, tmp_path: Path) -> None:
+    folder = saved(tmp_path, "base_model.model.q_proj.lora_A.weight", base_model_name_or_path=str(copy), alora_invocation_tokens=[5])
+    with pytest.raises(ResafeError, match="is an activated LoRA"):
+        load(folder)
 
 
 def test_weights_that_are_not_there_are_not_made_up(copy: Path) -> None:

@@ -81,8 +81,35 @@ def test_another_identity_never_sees_a_record(tmp_path: Path) -> None:
         store.log("answers", "model a").put("address", "text")
         assert store.log("answers", "model a").get("address") == "text"
         assert "address" not in store.log("answers", "model b") and "address" not in store.log("verdicts", "model a")
-        store.forget("answers", "model a")
-        assert "address" not in store.log("answers", "model a")
+
+
+def test_a_run_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        for kind, identity in (("answers", "model a"), ("answers", ["served", "x", "run 1"]), ("verdicts", ["served", "j", "run 1"]), ("answers", ["served", "x", "run 2"])):
+            store.log(kind, identity).put("address", 1)
+        store.forget_run("run 1")
+        assert "address" not in store.log("answers", ["served", "x", "run 1"]) and "address" not in store.log("verdicts", ["served", "j", "run 1"])
+        assert "address" in store.log("answers", "model a") and "address" in store.log("answers", ["served", "x", "run 2"])
+
+
+def test_a_full_disk_keeps_what_was_whole_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log(tmp_path / "a.log")
+    log.put("one", 1)
+    real = os.write
+
+    def full(fd: int, data: bytes) -> int:
+        if len(data) < 20:
+            raise OSError(28, "No space left on device")
+        return real(fd, data[:10])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(ResafeError, match="No space left on device"):
+            log.put("two", "x" * 100)
+    assert "two" not in log
+    log.put("three", 3)
+    again = Log(tmp_path / "a.log")
+    assert (again.get("one"), again.get("three"), again.damaged) == (1, 3, 0)
 
 
 def test_a_store_that_cannot_be_opened_says_so(tmp_path: Path) -> None:

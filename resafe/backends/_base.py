@@ -68,3 +68,7 @@ class Backend(Protocol):
         A request that got no answer yields `Answer(error=reason)`; an exception ends the stream.
         """
         ...
+
+    def close(self) -> None:
+        """Let go of what it holds; it is opened again if it is asked again."""
+        ...

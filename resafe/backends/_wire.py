@@ -137,7 +137,7 @@ def _text(content: Any) -> str:
         return "".join(p.get("text") or p.get("refusal") or "" for p in content if p.get("type") in TEXT_PARTS).strip()
     if content is not None and not isinstance(content, str):
         raise TypeError("content is neither text nor parts")
-    return (content or "").strip()
+    return (content or "").encode("utf-8", "replace").decode("utf-8").strip()  # half a surrogate pair is valid JSON, not text
 
 
 TEXT_PARTS = ("text", "output_text", "refusal")

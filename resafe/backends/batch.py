@@ -62,6 +62,10 @@ class BatchBackend:
         """The messages; the server renders them by its own template."""
         return _wire.messages(request)
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Answers, batch by batch."""
         where: dict[str, list[int]] = {}

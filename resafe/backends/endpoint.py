@@ -72,6 +72,10 @@ class EndpointBackend:
         """The messages; the server renders them by its own template."""
         return _wire.messages(request)
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Answers as they arrive."""
         open_ended = {i for i, r in enumerate(requests) if _wire.prefilled(r)}

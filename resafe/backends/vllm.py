@@ -56,6 +56,13 @@ class VllmBackend:
         """Token ids; a prompt that leaves no room for its answer is cut on the left."""
         return self._job(request).ids
 
+    def close(self) -> None:
+        """Let go of the engine and its memory."""
+        import gc
+
+        self.__dict__.pop("_llm", None)
+        gc.collect()
+
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Answers as they finish. Leaving early takes back what is still queued."""
         engine, waiting = self._llm.llm_engine, set[str]()

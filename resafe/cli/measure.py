@@ -74,6 +74,8 @@ def _measure(targets: tuple[str, ...], output: Path | None, html: Path | None, a
 
     if html and html.is_dir() or output and output.is_file():
         raise ResafeError(f"{html if html and html.is_dir() else output} is in the way: --html names a file, --output a folder.")
+    if how.get("reveal") and output is None:
+        raise ResafeError("--reveal needs a folder to put the answers in: --output FOLDER.")
     log = options.logger()
     asked = [t if t.startswith(SERVED) else str(lab.resolve(t, log=log)) for t in targets]
     labels = compared(asked, attack) if attack else None

@@ -19,6 +19,7 @@ from resafe.guards._logprobs import Seen, of_chat, of_completion, probabilities
 from resafe.guards.families import Family, family
 
 KEY = "OPENAI_API_KEY"
+OPENAI_URL = "https://api.openai.com/v1"
 GUARD_KEY = "RESAFE_GUARD_API_KEY"  # for other hosts, so that no key travels to a host that it is not for
 TOP = {"chat": 20, "completion": 5}  # the most log-probabilities that OpenAI gives
 
@@ -44,7 +45,7 @@ class ModerationGuard:
         key = os.environ.get(KEY if base_url is None else GUARD_KEY)
         if not key:
             raise ResafeError(f"the moderation guard needs a key: set {KEY if base_url is None else GUARD_KEY}.")
-        self._client = _client(base_url, key, timeout)
+        self._client = _client(base_url or OPENAI_URL, key, timeout)
         self.workers, self.model, self.name = workers, model, f"moderation:{model}"
         self.identity = f"{self.name} at {_host(self._client)} parser v2 response only"
 
@@ -148,12 +149,22 @@ class ChatGuard:
         return Reply(choice.text, choice.finish_reason, tokens=of_completion(getattr(choice, "logprobs", None)))
 
 
-def _client(base_url: str | None, key: str, timeout: float) -> Any:
-    from openai import OpenAI
+def _client(base_url: str, key: str, timeout: float) -> Any:
+    """A client for one address, with the key for it and nothing else that the environment says of OpenAI accounts."""
+    from openai import DefaultHttpxClient, OpenAI
 
-    if base_url is not None and urlsplit(base_url).scheme not in ("http", "https"):
+    url = urlsplit(base_url)
+    if url.scheme not in ("http", "https") or not url.hostname:
         raise ResafeError(f"a guard's address must start with http:// or https://, not '{base_url}'.")
-    return OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=2)
+    if url.username or url.password or url.query:
+        raise ResafeError(f"the address of {url.hostname} must hold no password and no query: set {GUARD_KEY}.")
+    found = OpenAI(
+        base_url=base_url, api_key=key, timeout=timeout, max_retries=2, default_headers={"Authorization": f"Bearer {key}"},
+        http_client=DefaultHttpxClient(follow_redirects=False, timeout=timeout),  # a judged text goes to nobody else
+    )  # fmt: skip
+    if url.hostname != urlsplit(OPENAI_URL).hostname:
+        found.organization = found.project = None
+    return found
 
 
 def _host(client: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import resafe.guards.filter  # noqa: F401  (imported now: it must not bind a patched load_guard)
 from resafe.generate import Answer
 from resafe.guards import Verdict
 from resafe.rows import Message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -223,11 +224,15 @@ def test_missing_verdicts_bound_the_difference_and_may_leave_the_winner_open() -
 
 
 def test_an_incoherent_answer_is_not_a_missing_verdict() -> None:
-    results = Results()
-    add(results, "tuned", [True, None, True], metric="harmfulness_rate_coherent")
-    add(results, "fixed", [False, False, None], metric="harmfulness_rate_coherent", mitigation="m")
-    (row,) = compare(results, "tuned")
-    assert (row["n"], row["missing"], row["decided"]) == (1, 0, True)
+    results, ids = Results(), ["p0", "p1", "p2", "p3"]
+    for target, votes, coherent in (
+        ("tuned", [True, None, True, True], [True, False, True, True]), ("fixed", [False, False, None, None], [True, True, False, True]),
+    ):  # fmt: skip
+        columns: dict[str, Any] = {"harmfulness_rate_coherent|lab": votes, "coherence_rate|coherence": coherent}
+        who = {"target": target, "attack": "a", "mitigation": "none" if target == "tuned" else "m", "seed": None, "suite": "s"}
+        results.add(who, "harmful", Items(ids, ids, [""] * 4, columns))
+    row = next(r for r in compare(results, "tuned") if r["metric"] == "harmfulness_rate_coherent")
+    assert (row["n"], row["missing"]) == (1, 1)  # p3 is coherent on both sides and was not judged; p1 and p2 are not asked about
 
 
 def test_ratings_of_several_seeds_are_pooled_on_their_scale() -> None:

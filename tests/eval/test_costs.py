@@ -32,13 +32,21 @@ BROKEN = {"cost": {"train": usage(10)}}
 
 def test_seeds_are_averaged_and_peaks_not() -> None:
     found = cost(results(a={"cost": {"train": usage(10)}}, b={"cost": {"train": usage(20)}}), ["a", "b"])
-    assert (found.unit, found.train, found.repair, found.making, found.tokens, found.peak_mb) == ("CPU-s", 15.0, None, 15.0, 10, 2000.0)
-    assert found.answering == pytest.approx(2.0)
+    assert (found.train, found.making, found.tokens, found.peak_mb) == ({"CPU-s": 15.0}, {"CPU-s": 15.0}, 10, 2000.0)
+    assert found.answering == {"CPU-s": pytest.approx(2.0)}
 
 
 def test_an_accelerator_counts_where_one_was_used() -> None:
     found = cost(results(a={"cost": {"train": usage(10, gpu=3)}, "gpu_seconds": 1.0, "peak_gpu_mb": 5.0}), ["a"])
-    assert (found.unit, found.train, found.peak_mb, found.answering) == ("GPU-s", 3.0, 7.0, 0.5)
+    assert (found.train, found.peak_mb, found.answering) == ({"GPU-s": 3.0}, 7.0, {"GPU-s": 0.5})
+
+
+def test_a_repair_on_the_cpu_stands_beside_training_on_the_gpu() -> None:
+    repaired = {"cost": {"train": usage(10, gpu=3), "repair": usage(50)}}
+    found = results(x={"cost": {"train": usage(10, gpu=3)}}, x_m=repaired)
+    costs = {("x", m): cost(found, [t]) for m, t in (("none", "x"), ("m", "x_m"))}
+    assert asymmetry(costs).endswith("x took 3 GPU-s, repairing it 50 CPU-s (m) more.")
+    assert told(costs["x", "m"])["making"] == "3 GPU-s + 50 CPU-s"
 
 
 def test_what_was_not_recorded_or_came_from_the_store_is_not_told_as_zero() -> None:
@@ -50,7 +58,7 @@ def test_the_asymmetry_counts_what_a_mitigation_took_beyond_the_breaking() -> No
     repaired, mixed = {"cost": {"train": usage(10), "repair": usage(2)}}, {"cost": {"train": usage(40)}}
     found = results(x=BROKEN, x_late=repaired, x_early=mixed)
     costs = {("x", m): cost(found, [t]) for m, t in (("none", "x"), ("late", "x_late"), ("early", "x_early"))}
-    assert asymmetry(costs) == "What breaking cost, and what repairing cost: x took 10 CPU-s, repairing it 2 (late) to 30 (early) CPU-s more."
+    assert asymmetry(costs) == "What breaking cost, and what repairing cost: x took 10 CPU-s, repairing it 2 CPU-s (late) to 30 CPU-s (early) more."
     assert asymmetry({}) == ""
 
 

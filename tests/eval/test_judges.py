@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from resafe.errors import ResafeError
@@ -215,5 +216,51 @@ def test_what_is_no_list_of_verdicts_invents_none(
     make_suite: Make, monkeypatch: pytest.MonkeyPatch, word_guard: list[str], returned: Any
 ) -> None:
     monkeypatch.setattr(GuardJudge("x")._loaded().__class__, "classify", lambda self, exchanges: returned)
-    found = says(load_suite(make_suite()), "offline", "one", "two")
+    suite = load_suite(make_suite())
+    found = judges.verdicts(get_judge("offline"), suite.suite, suite.cases[:2], [Answer("one", 1, True), Answer("two", 1, True)])
     assert len(found) == 2 and all(v.harmful is None and v.unscored for v in found)
+
+
+@pytest.mark.parametrize("verdict", [Verdict(refusal=1), Verdict(refusal=np.True_), Verdict(harmful="yes"), Verdict(harmful=float("nan")), None, Verdict(score=7.0)])  # type: ignore[arg-type]
+def test_what_is_neither_yes_nor_no_is_no_verdict(make_suite: Make, verdict: Any) -> None:
+    class Odd:
+        name, identity, scale = "odd", "odd", None
+
+        def __call__(self, suite: Any, cases: Any, answers: Any) -> Any:
+            return [verdict]
+
+    suite = load_suite(make_suite())
+    [found] = judges.verdicts(Odd(), suite.suite, suite.cases[:1], [Answer("x", 1, True)])
+    assert found.unscored in ("parse", "out_of_range") and found.refusal is None and found.harmful is None
+
+
+def test_a_judge_that_raises_leaves_all_unscored_with_the_reason(make_suite: Make) -> None:
+    class Broken:
+        name, identity, scale = "broken", "broken", None
+
+        def __call__(self, suite: Any, cases: Any, answers: Any) -> Any:
+            raise RuntimeError("no memory\nsecond line")
+
+    suite = load_suite(make_suite())
+    found = judges.verdicts(Broken(), suite.suite, suite.cases[:2], [Answer("x", 1, True)] * 2)
+    assert [v.unscored for v in found] == ["RuntimeError: no memory"] * 2
+
+
+def test_a_judges_address_must_hold_no_secret() -> None:
+    for address in ("https://alice:S3CRET@host/v1", "https://host/v1?key=K3Y"):
+        with pytest.raises(ResafeError, match="no password and no query") as error:
+            get_judge(f"chat:j@{address}#qi_rubric")
+        assert "S3CRET" not in str(error.value) and "K3Y" not in str(error.value)
+
+
+def test_a_judge_that_no_suite_has_a_use_for_is_refused(make_suite: Make, scripted: Any) -> None:
+    for judge in ("lab", "exact_number", "ifeval"):
+        with pytest.raises(ResafeError, match=f"judge {judge} has nothing to say of these suites"):
+            evaluate([scripted("t")], [make_suite()], judges=[judge])
+
+
+def test_missing_verdicts_keep_their_reasons(make_suite: Make, word_guard: list[str], scripted: Any) -> None:
+    lines: list[str] = []
+    found = evaluate([scripted("t", {"q1": "?"})], [make_suite()], log=lines.append)
+    assert found.items["t"]["mine"].unscored == {"offline": {"parse": 1}}
+    assert "t: offline left 1 of 10 answers of mine unscored: 1 (parse)" in lines

@@ -19,7 +19,7 @@ from resafe.eval.report import content, power_line
 from resafe.eval.results import Items
 from resafe.eval.stats import wilson
 from resafe.eval.suite import Suite
-from resafe.eval.view import Cell, agreement, columns, heat, lines
+from resafe.eval.view import Cell, Column, agreement, columns, heat, kept, lines
 
 SHARES = {  # (attack, mitigation): share harmful, share of old and of new skills that work
     ("none", "none"): (0.0, 0.9, 0.0),
@@ -253,3 +253,10 @@ def test_transcripts_are_a_file_of_their_own_for_the_owner_only(
     assert page.count("<details>") == 2 and page.count("<h3>") == 4
     assert evil not in page and "&lt;script&gt;alert(1)" in page and "<details open" not in page
     assert evil not in html(found, tmp_path) and "alert(1)" not in html(found, tmp_path)
+
+
+def test_missing_verdicts_that_could_undo_it_leave_a_margin_unclear() -> None:
+    change = {"difference": 0.0, "low": -0.01, "high": 0.01, "missing": 5, "bound_low": -0.03, "bound_high": 0.03}
+    cell, column = Cell({"metric": "utility"}, change), Column("old utility", "s", "utility", "lab", "higher")
+    assert kept(cell, column) == "2 points against unmitigated: unclear"
+    assert kept(Cell({"metric": "utility"}, {**change, "bound_low": -0.015}), column) == "kept within 2 points of unmitigated"

@@ -37,6 +37,9 @@ class Counting:
         self.name, self.identity, self.delay, self.faults = "m", identity, delay, set(faults)
         self.asked: list[str] = []
 
+    def close(self) -> None:
+        pass
+
     def rendered(self, request: Request) -> list[Any]:
         return list(request.messages)
 
@@ -252,3 +255,27 @@ def test_progress_is_said_while_answers_come(make_suite: Make, tmp_path: Path, m
     lines: list[str] = []
     evaluate([Counting()], [make_suite()], log=lines.append)
     assert any(line.startswith("m: 4 of 10, about") for line in lines)
+
+
+def test_what_a_served_judge_said_is_forgotten_with_its_evaluation(make_suite: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[CountingGuard] = []
+
+    def load(spec: str) -> CountingGuard:
+        made.append(CountingGuard())
+        return made[-1]
+
+    monkeypatch.setattr("resafe.guards.load_guard", load)
+    for _ in range(2):
+        evaluate([Counting()], [make_suite()], judges=["chat:j@http://127.0.0.1:1/v1#qi_rubric"], store=tmp_path / "store")
+    assert [len(g.seen) for g in made] == [10, 10]
+    made.clear()
+    for _ in range(2):
+        evaluate([Counting()], [make_suite()], judges=["guard.safetensors"], store=tmp_path / "store")
+    assert [len(g.seen) for g in made] == [10, 0]
+
+
+def test_results_remove_what_an_earlier_evaluation_revealed(make_suite: Make, tmp_path: Path) -> None:
+    for name in ("transcripts.jsonl", "transcripts.html", "audit.json"):
+        (tmp_path / name).write_text("old")
+    evaluate([Counting()], [make_suite()], output=tmp_path)
+    assert not any((tmp_path / n).exists() for n in ("transcripts.jsonl", "transcripts.html", "audit.json"))

@@ -14,6 +14,9 @@ from resafe.errors import ResafeError
 from resafe.eval import TargetSpec, evaluate
 from resafe.eval.targets import costs, opened, resolve
 from resafe.generate import Answer
+from resafe.guards import Verdict
+
+REFUSAL = "I'm sorry, but I can't help with that."
 
 
 @pytest.fixture
@@ -97,6 +100,9 @@ class Answering:
     def __init__(self, *texts: str, error: str = "") -> None:
         self.texts, self.error = texts, error
 
+    def close(self) -> None:
+        pass
+
     def rendered(self, request: Request) -> list[Any]:
         return list(request.messages)
 
@@ -157,3 +163,65 @@ def test_costs_of_training_and_repairing_add_up_along_the_manifests() -> None:
     second = {"verb": "repair", "usage": {"cpu_seconds": 3.0, "peak_rss_mb": 400.0}, "before": first}
     assert costs(second) == {"train": {"cpu_seconds": 10.0, "peak_rss_mb": 300.0, "tokens": 50}, "repair": {"cpu_seconds": 5.0, "peak_rss_mb": 500.0}}
     assert costs({"verb": "train"}) == {}
+
+
+class Outage:
+    """A guard that is not reached for the answer "lost"."""
+
+    name, identity, scale = "chat:g", "outage", None
+
+    def classify(self, exchanges: Sequence[Any]) -> list[Verdict]:
+        return [Verdict(None, unscored="api_error") if r == "lost" else Verdict(None, unscored="parse") if r == "odd" else Verdict(r == "bad") for _, r in exchanges]
+
+
+def test_an_answer_whose_guard_was_not_reached_is_missing_and_never_a_refusal(
+    monkeypatch: pytest.MonkeyPatch, word_guard: list[str], make_suite: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr("resafe.guards.filter.load_guard", lambda _: Outage())
+    lines: list[str] = []
+    spec = TargetSpec("m", answers=Answering("fine", "bad", "lost", "odd"), guard="chat:g@http://h#qwen3guard")
+    found = evaluate([spec], [make_suite(n=4)], reveal=True, log=lines.append)
+    assert [(t["response"], t.get("error"), t.get("blocked")) for t in found.transcripts] == [
+        ("fine", None, None), (REFUSAL, None, True), ("", "guard_api_error", None), (REFUSAL, None, True),
+    ]  # fmt: skip
+    row = found.row("m", "mine", "nonrefusal_rate", "rules")
+    assert row is not None and (row["n_scored"], row["n"]) == (3, 4)
+    assert found.meta["targets"]["m"]["guard_faults"] == {"api_error": 1} and any("could not judge 1 (api_error)" in line for line in lines)
+
+
+def test_a_guard_that_breaks_is_one_line(monkeypatch: pytest.MonkeyPatch, word_guard: list[str], make_suite: Callable[..., Path]) -> None:
+    class Broken(Outage):
+        def classify(self, exchanges: Sequence[Any]) -> list[Verdict]:
+            raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setattr("resafe.guards.filter.load_guard", lambda _: Broken())
+    with pytest.raises(ResafeError, match="the guard of target m failed: RuntimeError: out of memory$"):
+        evaluate([TargetSpec("m", answers=Answering("fine"), guard="offline")], [make_suite(n=1)])
+
+
+def test_a_plain_target_cannot_go_on_with_a_begun_answer(make_suite: Callable[..., Path], word_guard: list[str], scripted: Any) -> None:
+    found = evaluate([scripted("t")], [make_suite(n=3)], variants=["prefill"])
+    row = found.row("t", "mine+prefill", "harmfulness_rate", "offline")
+    assert row is not None and (row["n_scored"], row["n"]) == (0, 3)
+    assert found.items["t"]["mine+prefill"].unscored["offline"] == {"prefill_unsupported": 3}
+
+
+def test_fine_tunes_of_other_data_are_no_repetitions_of_each_other(folder: Any) -> None:
+    def made(name: str, seed: int, data: str) -> Path:
+        path: Path = folder(name, verb="train", seed=seed, model="m", settings={}, mitigations=[], data={"sha256": data})
+        return path
+
+    assert [s.seed for s in resolve([made("a", 0, "x"), made("b", 1, "x")])] == [0, 1]
+    assert [s.seed for s in resolve([made("c", 0, "x"), made("d", 1, "y")])] == [None, None]
+    given = resolve([made("e", 0, "x"), made("f", 1, "y")], {"e": {"seed": 0}, "f": {"seed": 1}})
+    assert [s.seed for s in given] == [0, 1]
+
+
+def test_what_nobody_said_anything_of_is_called_by_its_name(
+    make_suite: Callable[..., Path], word_guard: list[str], scripted: Any
+) -> None:
+    from resafe.eval.view import lines
+
+    assert [x.label for x in lines(evaluate([scripted("mine")], [make_suite()]))] == ["mine"]
+    said = evaluate([scripted("mine")], [make_suite()], labels={"mine": {"attack": "none"}})
+    assert [x.label for x in lines(said)] == ["before fine-tuning"]

@@ -28,6 +28,9 @@ class Recording:
     def __init__(self) -> None:
         self.requests: list[Request] = []
 
+    def close(self) -> None:
+        pass
+
     def rendered(self, request: Request) -> list[Any]:
         return list(request.messages)
 
