@@ -28,6 +28,7 @@ class Lox(Mitigation):
     """Full checkpoints only: an extrapolated weight is no adapter of the old one."""
 
     needs: ClassVar[Needs] = Needs(base=True, aligned=True, lora=False, quantised=False)
+    dose: ClassVar[tuple[str, tuple[float, ...]]] = ("strength", (0.1, 0.25, 0.5, 0.75, 1.0, 1.25))
 
     rank: int = Field(6, ge=0, description="k, directions per weight; 0 takes all of them")
     strength: float = Field(1.25, allow_inf_nan=False, description="how far to extrapolate")

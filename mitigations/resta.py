@@ -34,6 +34,7 @@ class Resta(Mitigation):
     """`unaligned` is a folder (full checkpoint or adapter of the aligned model), or "base" with --base."""
 
     needs: ClassVar[Needs] = Needs(aligned=True)
+    dose: ClassVar[tuple[str, tuple[float, ...]]] = ("strength", (0.1, 0.2, 0.35, 0.5, 0.75, 1.0))
 
     unaligned: str = Field("base", description="folder of the model after harmful fine-tuning, or 'base': the weaker proxy")
     strength: float = Field(1.0, allow_inf_nan=False, description="how much of the safety vector is added")

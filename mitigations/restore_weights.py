@@ -43,6 +43,7 @@ class RestoreWeights(Mitigation):
     """
 
     needs: ClassVar[Needs] = Needs(aligned=True)  # a quantised base serves a LoRA run; a quantised full one is refused
+    dose: ClassVar[tuple[str, tuple[float, ...]]] = ("strength", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
 
     strength: Fraction | Literal["auto"] = 0.5
     margin: Fraction = 0.02

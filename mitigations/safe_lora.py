@@ -29,6 +29,7 @@ class SafeLora(Mitigation):
     """Keeps layers whose update lies in the directions of alignment, and projects (or drops) the others."""
 
     needs: ClassVar[Needs] = Needs(base=True, aligned=True)
+    dose: ClassVar[tuple[str, tuple[float, ...]]] = ("threshold", (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0))
 
     mode: Literal["orthogonal", "official"] = Field("orthogonal", description="a true projector, or the paper's matrix")
     rank: int = Field(32, ge=1, description="orthogonal: directions of alignment that are kept, at most half of a weight's size")

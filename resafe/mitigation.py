@@ -59,6 +59,7 @@ class Mitigation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     needs: ClassVar[Needs] = Needs()
+    dose: ClassVar[tuple[str, tuple[float, ...]] | None] = None  # the parameter that says how much, and values to try, weakest first
 
     def prepare(self, run: Run) -> None:
         """Once, before training: statistics, reference values, checks."""
