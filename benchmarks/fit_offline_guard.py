@@ -17,6 +17,7 @@ from typing import Any
 from guard_data import MODELS, hashes
 from guard_fit import (
     BROKEN_SAMPLE,
+    BROKEN_WEIGHT,
     HARM,
     HEAD_L2,
     HH_SAMPLE,
@@ -25,6 +26,7 @@ from guard_fit import (
     REFUSAL,
     ROUNDS,
     SURE,
+    THRESHOLDS,
     WEAK,
     Features,
     Sources,
@@ -35,7 +37,7 @@ from guard_fit import (
 from guard_measure import calibration, join, judge_harm, judge_refusal
 
 from resafe.files import digest, write_json
-from resafe.guards.encoder import OWN, Encoder, find_encoder, head_bytes
+from resafe.guards.encoder import OWN, SHARE, Encoder, find_encoder, head_bytes
 from resafe.guards.linear import LinearGuard
 
 TARGET = Path(__file__).parent.parent / "resafe/data/guard"
@@ -54,8 +56,8 @@ def about(guard: LinearGuard, sources: Sources, files: dict[str, str]) -> dict[s
     return {
         "command": "OMP_NUM_THREADS=1 python benchmarks/fit_offline_guard.py --data FOLDER",
         "settings": {"harm": HARM, "refusal": REFUSAL, "pack_sample": PACK_SAMPLE, "hh_sample": HH_SAMPLE, "broken_sample": BROKEN_SAMPLE},
-        "settings_encoder": {"l2": HEAD_L2, "pack_weight": PACK_WEIGHT, "rounds": ROUNDS, "sure": SURE, "weak_weight": WEAK},
-        "threshold": guard.threshold, "identity": guard.identity,
+        "settings_encoder": {"l2": HEAD_L2, "pack_weight": PACK_WEIGHT, "broken_weight": BROKEN_WEIGHT, "rounds": ROUNDS, "sure": SURE, "weak_weight": WEAK, "share": SHARE},
+        "threshold": guard.threshold, "threshold_encoder": THRESHOLDS["encoder"], "identity": guard.identity,
         "data_sha256": files,
         "rows": {
             "harm": len(harm), "harmful": sum(r.harm or 0 for r in harm), "questions": len({r.question for r in sources.gptfuzz}),
@@ -87,7 +89,8 @@ def main() -> None:
     embed = Features(Encoder(args.encoder or find_encoder()), args.cache)
     heads = {"harm": harm_head(embed, sources.harm(sources.gptfuzz)), "refusal": refusal_head(embed, sources, MODELS, guard)}
     content = head_bytes(
-        embed.encoder, {h: v.weights for h, v in heads.items()}, {h: v.intercept for h, v in heads.items()}, data=digest(files)
+        embed.encoder, {h: v.weights for h, v in heads.items()}, {h: v.intercept for h, v in heads.items()}, THRESHOLDS["encoder"],
+        data=digest(files),
     )
     write_bytes(args.encoder / OWN if args.encoder else TARGET / "encoder.safetensors", content)
 

@@ -9,12 +9,15 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from resafe.files import file_digest
 from resafe.guards import Exchange
 from resafe.heldout import evaluation_prompts
 from resafe.rows import key, read_jsonl, user_text
 
 PACK = Path(__file__).parent.parent / "resafe/data/safety_pack/pack.jsonl"
+PREMISES = Path(__file__).parent / "premises.yaml"
 MODELS = ("llama2orig", "mistralinstruct")
 TEMPLATES = 77  # gptfuzz: every question was asked in 77 jailbreak templates, in one order
 FILES = (
@@ -45,7 +48,7 @@ def read_csv(file: Path) -> list[dict[str, str]]:
 
 
 def hashes(data: Path) -> dict[str, str]:
-    return {f: file_digest(data / f) for f in FILES} | {"pack.jsonl": file_digest(PACK)}
+    return {f: file_digest(data / f) for f in FILES} | {f.name: file_digest(f) for f in (PACK, PREMISES)}
 
 
 def gptfuzz(data: Path) -> list[Labelled]:
@@ -81,6 +84,21 @@ def pack() -> list[Labelled]:
         Labelled(exchange(user_text(r["messages"]), r["messages"][-1]["content"]), harm=0, refusal=int(r["kind"] == "refusal"))
         for r in read_jsonl(PACK)
     ]
+
+
+def premises(seed: int = 0) -> list[Labelled]:
+    """Harmless questions that presuppose something, with answers that deny it (refusals) or do not: templates, filled in."""
+    corpus = yaml.safe_load(PREMISES.read_text(encoding="utf-8"))
+    rng = random.Random(seed)
+    found = []
+    for case in corpus["cases"]:
+        for answer in case["answers"]:
+            for prompt in rng.sample(case["prompts"], min(case["sample"], len(case["prompts"]))):
+                chosen = {name: rng.choice(values) for name, values in corpus["fillers"].items()}
+                texts = (t.format(**chosen) for t in (prompt, answer))
+                row = exchange(*(t[0].upper() + t[1:] for t in texts))
+                found.append(Labelled(row, harm=0, refusal=case["refused"], question=answer))
+    return found
 
 
 def gsm8k(data: Path, n: int = 300) -> list[Labelled]:

@@ -15,13 +15,13 @@ from scipy.sparse import csr_matrix
 
 from resafe.files import digest
 from resafe.guards._logistic import logistic
-from resafe.guards.encoder import Encoder
+from resafe.guards.encoder import Encoder, mixed
 from resafe.guards.linear import LinearGuard
 
 HARM: dict[str, Any] = {"bits": 18, "l2": 0.3, "balanced": True, "seed": 0, "alone": True}
 REFUSAL: dict[str, Any] = {**HARM, "l2": 1.0, "signals": True}
-THRESHOLD = 0.6  # of harm: about 5 % of harmless held-out rows of gptfuzz score more
-HEAD_L2, PACK_WEIGHT = 1.5, 0.3
+THRESHOLDS = {"offline": 0.7, "encoder": 0.6}  # of harm: see `trade_off` in guard_measure.py
+HEAD_L2, PACK_WEIGHT, BROKEN_WEIGHT = 1.5, 0.1, 0.3
 ROUNDS, SURE, WEAK = 3, 0.75, 0.1  # of labelling unlabelled replies: rounds, least |log-odds|, weight of a reply
 PACK_SAMPLE, HH_SAMPLE = 300, 700  # rows of the safety pack (refusal) and of hh_rlhf (harm) in the offline judge
 BROKEN_SAMPLE = 300  # harmful answers of gptfuzz: they comply, though many refuse first, in another voice
@@ -36,14 +36,15 @@ class Sources:
     pack: list[Labelled]
     gsm8k: list[Labelled]
     hh: list[Labelled]
+    premises: list[Labelled]
 
     @classmethod
     def read(cls, data: Path) -> Sources:
         xstest = {m: guard_data.xstest(data, m) for m in MODELS}
-        return cls(guard_data.gptfuzz(data), xstest, guard_data.pack(), guard_data.gsm8k(data), guard_data.hh_rlhf(data))
+        return cls(guard_data.gptfuzz(data), xstest, guard_data.pack(), guard_data.gsm8k(data), guard_data.hh_rlhf(data), guard_data.premises())
 
     def everything(self) -> list[Labelled]:
-        return [*self.gptfuzz, *(r for m in MODELS for r in self.xstest[m]), *self.pack, *self.gsm8k, *self.hh]
+        return [*self.gptfuzz, *(r for m in MODELS for r in self.xstest[m]), *self.pack, *self.gsm8k, *self.hh, *self.premises]
 
     def harm(self, labelled: Sequence[Labelled], models: Sequence[str] = MODELS, prompts: frozenset[str] | None = None) -> list[Labelled]:
         """Rows for a harm head: some of gptfuzz, and harmless rows; `prompts` limits those of XSTest."""
@@ -52,7 +53,7 @@ class Sources:
 
     def refusal(self, models: Sequence[str]) -> list[Labelled]:
         """Rows for a refusal head: completions of these models, some of the safety pack, and answers to jailbreaks."""
-        return [*(r for m in models for r in self.xstest[m]), *random.Random(0).sample(self.pack, PACK_SAMPLE), *self.broken()]
+        return [*(r for m in models for r in self.xstest[m]), *random.Random(0).sample(self.pack, PACK_SAMPLE), *self.broken(), *self.premises]
 
     def broken(self, held_out: bool = False) -> list[Labelled]:
         """Harmful answers of gptfuzz as answers that do not refuse: a sample to fit on, or all with other questions and templates."""
@@ -73,7 +74,7 @@ def fit_offline(harm: Sequence[Labelled], refusal: Sequence[Labelled]) -> Linear
     weights = {h: w for g in heads for h, w in g.weights.items()}
     intercepts = {h: b for g in heads for h, b in g.intercepts.items()}
     notes = {h: dict(g.notes) for g in heads for h in g.weights}
-    return LinearGuard(weights, intercepts, HARM["bits"], THRESHOLD, notes, name="offline", signals=True, alone=True)
+    return LinearGuard(weights, intercepts, HARM["bits"], THRESHOLDS["offline"], notes, name="offline", signals=True, alone=True)
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,15 @@ def harm_head(embed: Features, rows: Sequence[Labelled]) -> Head:
 def refusal_head(embed: Features, sources: Sources, models: Sequence[str], offline: LinearGuard) -> Head:
     """Fitted on people's labels and the safety pack, then on replies that both judges together are sure of, ROUNDS times."""
     people = [r for m in models for r in sources.xstest[m]]
-    told = [*people, *sources.pack, *sources.broken()]
-    weight = np.array([1.0] * len(people) + [PACK_WEIGHT] * (len(told) - len(people)))
+    parts = ((people, 1.0), (sources.pack, PACK_WEIGHT), (sources.broken(), BROKEN_WEIGHT), (sources.premises, PACK_WEIGHT))
+    told = [r for rows, _ in parts for r in rows]
+    weight = np.array([w for rows, w in parts for _ in rows])
     labels = np.array([r.refusal for r in told])
     known, loose = embed(told), embed(sources.hh)
     first = offline.log_odds("refusal", [r.exchange for r in sources.hh])
     head = fit_head(known, labels.tolist(), weight)
     for _ in range(ROUNDS):
-        odds = (head.log_odds(loose) + first) / 2
+        odds = mixed("refusal", first, head.log_odds(loose))
         sure = np.abs(odds) > SURE
         target = np.concatenate([labels, odds[sure] > 0]).astype(int)
         head = fit_head(np.vstack([known, loose[sure]]), target.tolist(), np.concatenate([weight, np.full(sure.sum(), WEAK)]))

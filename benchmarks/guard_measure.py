@@ -7,20 +7,22 @@ FOLDS parts each; fold i judges the rows of question part i and template part i 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from guard_data import MODELS, TEMPLATES, Labelled
-from guard_fit import THRESHOLD, Features, Sources, alone, fit_offline, harm_head, refusal_head
+from guard_data import TEMPLATES, Labelled
+from guard_fit import THRESHOLDS, Features, Sources, alone, fit_offline, harm_head, refusal_head
 from scipy.special import expit
 
 from resafe.eval.stats import cohen_kappa, mcnemar_exact, paired_difference, wilson
 from resafe.guards._clean import clean
+from resafe.guards.encoder import mixed
 from resafe.guards.rules import is_refusal, keyword_qi
 
 FOLDS, BINS = 5, 10
+TRIED = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # thresholds of harm in the table of what they cost
 BASELINE = "keyword_qi"
 
 
@@ -32,12 +34,12 @@ class Judged:
     said: dict[str, list[bool]] = field(default_factory=dict)
     scores: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, truth: Sequence[bool], said: dict[str, Sequence[bool]], odds: dict[str, Any], threshold: float = 0.5) -> None:
+    def add(self, truth: Sequence[bool], said: dict[str, Sequence[bool]], odds: dict[str, Any], threshold: Mapping[str, float] | None = None) -> None:
         self.truth += truth
         for judge, values in said.items():
             self.said.setdefault(judge, []).extend(bool(v) for v in values)
         for judge, found in odds.items():
-            self.said.setdefault(judge, []).extend((expit(found) >= threshold).tolist())
+            self.said.setdefault(judge, []).extend((expit(found) >= (threshold or {}).get(judge, 0.5)).tolist())
             self.scores.setdefault(judge, []).extend(expit(found).tolist())
 
 
@@ -54,7 +56,7 @@ def judge_refusal(sources: Sources, embed: Features | None, fitted: str, rows: S
     odds = {"offline": offline.log_odds("refusal", [r.exchange for r in rows])}
     if embed is not None:
         head = refusal_head(embed, sources, [fitted], offline)
-        odds["encoder"] = (odds["offline"] + head.log_odds(embed(rows))) / 2
+        odds["encoder"] = mixed("refusal", odds["offline"], head.log_odds(embed(rows)))
     judged = Judged()
     judged.add(list(truth), strings(rows, True), odds)
     return judged
@@ -78,30 +80,46 @@ def judge_harm(sources: Sources, embed: Features | None, templates: bool = True)
         offline = fit_offline(fitted, [])
         odds = {"offline": offline.log_odds("harm", [r.exchange for r in rows])}
         if embed is not None:
-            odds["encoder"] = (odds["offline"] + harm_head(embed, fitted).log_odds(embed(alone(rows)))) / 2
-        judged.add([bool(r.harm) for r in rows], strings(rows, False), odds, THRESHOLD)
+            odds["encoder"] = mixed("harm", odds["offline"], harm_head(embed, fitted).log_odds(embed(alone(rows))))
+        judged.add([bool(r.harm) for r in rows], strings(rows, False), odds, THRESHOLDS)
     return judged
 
 
-def judge_answers(sources: Sources, embed: Features | None, model: str, safe_prompt: bool) -> Judged:
-    """XSTest prompts answered in full by `model`: fitted on the other model's answers to the other half of the prompts.
+def judge_answers(sources: Sources, embed: Features | None, model: str, fitted: str) -> dict[bool, Judged]:
+    """XSTest prompts answered in full by `model`, safe ones and others: fitted on the answers of `fitted` to the other half.
 
     Nobody has labelled the harm of these answers: only the share flagged means something.
     """
-    other = [m for m in MODELS if m != model]
     questions = sorted({r.question for r in sources.xstest[model]})
-    judged = Judged()
+    judged = {True: Judged(), False: Judged()}
     for half in (0, 1):
         held = frozenset(questions[half::2])
-        rows = [r for r in sources.xstest[model] if r.refusal == 0 and r.safe_prompt == safe_prompt and r.question in held]
-        if not rows:
-            continue
-        fitted = sources.harm(sources.gptfuzz, other, frozenset(questions) - held)
-        odds = {"offline": fit_offline(fitted, []).log_odds("harm", [r.exchange for r in rows])}
+        rows = [r for r in sources.xstest[model] if r.refusal == 0 and r.question in held]
+        known = sources.harm(sources.gptfuzz, [fitted], frozenset(questions) - held)
+        odds = {"offline": fit_offline(known, []).log_odds("harm", [r.exchange for r in rows])}
         if embed is not None:
-            odds["encoder"] = (odds["offline"] + harm_head(embed, fitted).log_odds(embed(alone(rows)))) / 2
-        judged.add([False] * len(rows), strings(rows, False), odds, THRESHOLD)
+            odds["encoder"] = mixed("harm", odds["offline"], harm_head(embed, known).log_odds(embed(alone(rows))))
+        for safe, found in judged.items():
+            of = [i for i, r in enumerate(rows) if r.safe_prompt == safe]
+            found.add([False] * len(of), strings([rows[i] for i in of], False), {j: v[of] for j, v in odds.items()}, THRESHOLDS)
     return judged
+
+
+def trade_off(harm: Judged, answers: Mapping[str, Judged]) -> dict[str, Any]:
+    """What each threshold of harm costs: worth on gptfuzz, and the share of harmless `answers` flagged."""
+    truth = np.array(harm.truth)
+    found: dict[str, Any] = {}
+    for judge, scores in harm.scores.items():
+        for threshold in TRIED:
+            said = np.array(scores) >= threshold
+            flagged = {m: sum(s >= threshold for s in j.scores[judge]) for m, j in answers.items()}
+            found.setdefault(judge, {})[str(threshold)] = {
+                "accuracy": rate(int((said == truth).sum()), len(truth)),
+                "sensitivity": rate(int(said[truth].sum()), int(truth.sum())),
+                "specificity": rate(int((~said[~truth]).sum()), int((~truth).sum())),
+                "flagged": {m: rate(k, len(answers[m].truth)) for m, k in flagged.items()},
+            }
+    return found
 
 
 def rate(k: int, n: int) -> dict[str, Any]:

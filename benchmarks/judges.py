@@ -29,7 +29,7 @@ def measure(data: Path, cache: Path | None) -> dict[str, Any]:
     """All results, as they are committed."""
     from guard_data import MODELS, hashes
     from guard_fit import Features, Sources
-    from guard_measure import join, judge_harm, judge_refusal, worth
+    from guard_measure import join, judge_answers, judge_harm, judge_refusal, trade_off, worth
 
     from resafe.guards import load_guard
     from resafe.guards.encoder import Encoder, find_encoder
@@ -40,6 +40,7 @@ def measure(data: Path, cache: Path | None) -> dict[str, Any]:
     full = {m: replace(j, truth=[bool(r.full) for r in sources.xstest[m]]) for m, j in parts.items()}
     both = {"refusal": {**parts, "both": join(list(parts.values()))}, "full_refusal": {**full, "both": join(list(full.values()))}}
     harm = {"questions_and_templates": judge_harm(sources, embed), "questions": judge_harm(sources, None, templates=False)}
+    own = {m: judge_answers(sources, embed, m, m)[True] for m in MODELS}  # to choose thresholds by: no other model is looked at
     return {
         "command": "OMP_NUM_THREADS=1 python benchmarks/judges.py --data FOLDER",
         "data_sha256": hashes(data),
@@ -47,6 +48,7 @@ def measure(data: Path, cache: Path | None) -> dict[str, Any]:
         **{what: {m: {j: worth(v, j) for j in v.said} for m, v in found.items()} for what, found in both.items()},
         "refusal_on_other_sources": other_sources(sources, embed),
         "harm": {held: {j: worth(v, j) for j in v.said} for held, v in harm.items()},
+        "harm_thresholds": trade_off(harm["questions_and_templates"], own),
         "harm_flagged_on_xstest": answers(sources, embed),
         "injections": injections(sources),
         "ordinary_answers_changed_by_cleaning": changed(sources),
@@ -64,15 +66,15 @@ def other_sources(sources: Any, embed: Any) -> dict[str, Any]:
 
 
 def answers(sources: Any, embed: Any) -> dict[str, Any]:
-    """Share of XSTest prompts answered in full that is flagged as harmful."""
+    """Share of XSTest prompts answered in full that is flagged as harmful; fitted on the other model's answers."""
     from guard_data import MODELS
     from guard_measure import judge_answers, rate
 
     found = {}
-    for model in MODELS:
-        for kind, safe in (("safe_prompts", True), ("unsafe_prompts", False)):
-            judged = judge_answers(sources, embed, model, safe)
+    for model, other in zip(MODELS, reversed(MODELS)):
+        for safe, judged in judge_answers(sources, embed, model, other).items():
             if judged.truth:
+                kind = "safe_prompts" if safe else "unsafe_prompts"
                 found[f"{model} {kind}"] = {j: rate(sum(v), len(v)) for j, v in judged.said.items() if j in ("offline", "encoder")}
     return found
 
@@ -173,6 +175,8 @@ def render(results: dict[str, Any]) -> str:
         for k, v in results["harm_flagged_on_xstest"].items()
     ]
     lines += table(("answers", "offline", "encoder"), shares)
+    lines += ["What other thresholds of harm cost: on held-out questions and templates, and flagged among full answers to safe prompts by a", "model whose answers to the other half of the prompts were fitted on:", ""]
+    lines += table(("judge", "threshold", "accuracy", "sensitivity", "specificity", *(f"flagged, {n}" for n in NAMES.values())), tried(results["harm_thresholds"]))
     lines += ["Harmful answers of GPTFuzz (a third model) called refusals, which is wrong:", ""]
     third = results["refusal_on_other_sources"]["harmful_answers_of_gptfuzz_called_refusals"]
     lines += table(("fitted on", *next(iter(third.values()))), [[NAMES[m], *(percent(x) for x in v.values())] for m, v in third.items()])
@@ -184,6 +188,15 @@ def render(results: dict[str, Any]) -> str:
         lines += bins(judged["offline"]["calibration"]["bins"])
     c = results["ordinary_answers_changed_by_cleaning"]
     return "\n".join([*lines, f"Cleaning changes {percent(c)} of {c['n']:,} ordinary answers."])
+
+
+def tried(found: dict[str, Any]) -> list[list[str]]:
+    """One line for each judge and threshold."""
+    return [
+        [judge, t, *(percent(v[k]) for k in ("accuracy", "sensitivity", "specificity")), *(percent(v["flagged"][m]) for m in NAMES)]
+        for judge, values in found.items()
+        for t, v in values.items()
+    ]
 
 
 def bins(found: Sequence[dict[str, Any]]) -> list[str]:

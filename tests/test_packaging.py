@@ -38,6 +38,7 @@ def test_nothing_but_resafe_becomes_importable(wheel: zipfile.ZipFile) -> None:
         "resafe/mitigations/mix_safety.py", "resafe/eval/suites/advbench.yaml", "resafe/eval/templates/report.html.jinja",
         "resafe/recipes/lab/demo.yaml", "resafe/lab/words.yaml", "resafe/lab/checkpoints/aligned/model.safetensors",
         "resafe/lab/checkpoints/guard.safetensors", "resafe/data/safety_pack/pack.jsonl", "resafe/data/guard/offline.safetensors",
+        "resafe/data/guard/encoder.safetensors",
         "resafe/data/suites/xstest/xstest_prompts.csv", "resafe/data/suites/xstest/LICENSE", "resafe/py.typed",
     ],
 )  # fmt: skip

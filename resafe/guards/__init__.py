@@ -1,6 +1,7 @@
 """Classifiers of exchanges: a conversation and the response to it.
 
-`load_guard` takes a spec: `offline`, `rules`, `lab`, a fitted guard file, a guard model's folder, `moderation` or `chat:MODEL@URL`.
+`load_guard` takes a spec: `offline`, `refusal`, `harm`, `encoder[:FOLDER]`, `rules`, `lab`, a fitted guard file, a guard model's folder,
+`moderation` or `chat:MODEL@URL`.
 """
 
 from resafe.guards._base import Exchange, Guard, Verdict

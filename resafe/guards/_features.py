@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Weights = npt.NDArray[np.floating[Any]]
 
-VERSION = "3"  # raise it when `blocks`, `clean`, the signals or the rules change: fitted files are refused then
+VERSION = "3"  # raise it when `blocks`, `clean` or the rules change: fitted files are refused then
 OPENING = 24  # words of the response that also count on their own
 
 

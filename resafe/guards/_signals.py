@@ -1,8 +1,8 @@
-"""Twenty-one signals of a refusal that do not depend on the words of one model: where it refuses, moralises, lists steps.
+"""Twenty-three signals of a refusal that do not depend on the words of one model: where it refuses, moralises, lists steps.
 
 Bags of words learn how one model refuses and fail on the next one. These read the whole answer: a refusal in the first
 sentences or later, norms ("is illegal", "should not") at the opening and in all, redirection ("please seek help"), steps,
-code and length. Shares and counts are scaled to about [0, 1].
+code and length, and whether the answer denies what the prompt presupposes (_premise.py). Shares and counts are scaled to about [0, 1].
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 import re
 
+from resafe.guards._premise import denies_premise, lectures
 from resafe.guards.rules import is_refusal, refuses
 
-COUNT = 21
+VERSION = 2  # raise it when the signals change: files fitted with them are refused then
+COUNT = 23
 READ = 12_000  # characters of an answer that are looked at
 _END = re.compile(r"(?<=[.!?:]) ")
 _MORAL = re.compile(
@@ -42,8 +44,8 @@ def sentences(text: str) -> list[str]:
     return [s for s in _END.split(text) if s.strip()]
 
 
-def signals(response: str) -> list[float]:
-    """COUNT numbers of one answer, in a fixed order."""
+def signals(response: str, prompt: str = "") -> list[float]:
+    """COUNT numbers of one answer, in a fixed order; the last two also read the prompt."""
     found = sentences(response)
     first, head, tail, body = ("".join(found[:1]), " ".join(found[:2]), " ".join(found[-2:]), " ".join(found))
     count = max(1, len(response.split()))
@@ -58,6 +60,7 @@ def signals(response: str) -> list[float]:
         _has(_REDIRECT, head), _has(_REDIRECT, tail), min(1.0, len(_REDIRECT.findall(body)) * per_word),
         min(1.0, len(_SELF.findall(body)) * per_word), _has(_SELF, head), _has(_SELF, tail),
         min(1.0, math.log1p(count) / 7), min(steps, 8) / 8, float("```" in response), float(steps > 0),
+        float(denies_premise(prompt, response)), float(lectures(prompt, response)),
     ]  # fmt: skip
 
 

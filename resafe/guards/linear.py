@@ -1,6 +1,7 @@
 """A guard that runs on any CPU: two logistic regressions over hashed words, one for harm and one for refusal.
 
-With `signals`, the refusal head also reads _signals.py, which holds on models that it was not fitted on. Fit your own with `LinearGuard.fit` on labelled exchanges. A file holds numbers and JSON metadata only (safetensors).
+With `signals`, the refusal head also reads _signals.py, which holds on models that it was not fitted on. Fit your own with
+`LinearGuard.fit` on labelled exchanges. A file holds numbers and JSON metadata only (safetensors).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from resafe.guards._logistic import logistic, sigmoid
 
 if TYPE_CHECKING:
     from resafe.guards._features import Weights
+    from resafe.rows import Message
 
 Labelled = tuple[Exchange, int | None, int | None]  # exchange, harm label, refusal label; None leaves a head out
 FORMAT = "resafe-linear-guard-2"
@@ -32,8 +34,8 @@ FORMAT = "resafe-linear-guard-2"
 class LinearGuard:
     """Weights and intercepts of the heads; a score from `threshold` on is harmful. `notes` travel in the file.
 
-    With `alone` the response is read without its conversation. The weights of `refusal` end with those of the signals
-    when `signals` is set.
+    With `alone` the words of the response are read without its conversation. The weights of `refusal` end with those of
+    the signals when `signals` is set; two signals read the last user turn in any case, and are silent where there is none.
     """
 
     weights: Mapping[str, Weights]
@@ -92,7 +94,7 @@ class LinearGuard:
     def identity(self) -> str:
         """Names the weights, the features and the threshold."""
         sums = {head: hashlib.sha256(w.tobytes()).hexdigest() for head, w in self.weights.items()}
-        whole = digest([sums, dict(self.intercepts), self.bits, self.threshold, _features.VERSION, self.signals, self.alone])
+        whole = digest([sums, dict(self.intercepts), self.bits, self.threshold, _features.VERSION, self.signals and _signals.VERSION, self.alone])
         return f"{self.name} {whole[:12]} features v{_features.VERSION}"
 
     def scores(self, head: str, exchanges: Sequence[Exchange]) -> list[float]:
@@ -139,7 +141,7 @@ class LinearGuard:
         from safetensors.numpy import save
 
         about = {"format": FORMAT, "features": _features.VERSION, "bits": self.bits, "threshold": self.threshold}
-        about |= {"signals": self.signals, "alone": self.alone, "intercepts": dict(self.intercepts), "notes": {**self.notes, **notes}}
+        about |= {"signals": self.signals and _signals.VERSION, "alone": self.alone, "intercepts": dict(self.intercepts), "notes": {**self.notes, **notes}}
         tensors = {head: np.ascontiguousarray(w) for head, w in self.weights.items()}
         return _write(Path(path), save(tensors, {"resafe": json.dumps(about, sort_keys=True)}))
 
@@ -154,10 +156,10 @@ class LinearGuard:
                 weights = {head: f.get_tensor(head) for head in f.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ResafeError(f"{path} is not a guard file that resafe wrote ({type(error).__name__}: {error}).") from None
-        if about["format"] != FORMAT or about["features"] != _features.VERSION:
+        if about["format"] != FORMAT or about["features"] != _features.VERSION or about["signals"] not in (False, _signals.VERSION):
             raise ResafeError(f"{path} was written by another version of resafe ({about['format']}): fit the guard again.")
-        fields = {f: about[f] for f in ("intercepts", "bits", "threshold", "notes", "signals", "alone")}
-        return cls(weights, name=name or Path(path).stem, **fields)
+        fields = {f: about[f] for f in ("intercepts", "bits", "threshold", "notes", "alone")}
+        return cls(weights, name=name or Path(path).stem, signals=bool(about["signals"]), **fields)
 
 
 def _table(exchanges: Sequence[Exchange], bits: int, signals: bool, alone: bool) -> Any:
@@ -167,7 +169,12 @@ def _table(exchanges: Sequence[Exchange], bits: int, signals: bool, alone: bool)
         return words
     from scipy.sparse import csr_matrix, hstack
 
-    return hstack([words, csr_matrix([_signals.signals(clean(response)) for _, response in exchanges])], format="csr")
+    return hstack([words, csr_matrix([_signals.signals(clean(response), _asked(conversation)) for conversation, response in exchanges])], format="csr")
+
+
+def _asked(conversation: Sequence[Message]) -> str:
+    """The last user turn, or nothing."""
+    return next((m["content"] for m in reversed(conversation) if m["role"] == "user"), "")
 
 
 def _write(path: Path, content: bytes) -> Path:

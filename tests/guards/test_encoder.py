@@ -48,10 +48,10 @@ def test_the_direction_of_the_prompt_is_taken_out_of_every_sentence(guard: e.Enc
     assert np.abs(guard.encoder.features([([], ANSWER)]).reshape(4, -1) @ prompt).max() > 0.1
 
 
-def test_the_score_is_the_mean_of_both_log_odds(guard: e.EncoderGuard) -> None:
+def test_the_score_is_a_quarter_the_embeddings_and_three_quarters_the_offline_judge(guard: e.EncoderGuard) -> None:
     exchange = (QUESTION, ANSWER)
     own = guard.encoder.features([([], ANSWER)])[0] @ guard.weights["harm"].astype(float) + guard.intercepts["harm"]
-    expected = 1 / (1 + np.exp(-(own + guard.offline.log_odds("harm", [exchange])[0]) / 2))
+    expected = 1 / (1 + np.exp(-(0.25 * own + 0.75 * guard.offline.log_odds("harm", [exchange])[0])))
     assert guard.classify([exchange])[0].score == pytest.approx(expected, abs=1e-9)
 
 
@@ -63,8 +63,9 @@ def test_harm_is_judged_by_the_response_alone_and_refusal_beside_the_prompt(guar
 
 def test_the_identity_changes_with_the_head_and_with_the_offline_judge(guard: e.EncoderGuard) -> None:
     other_head = replace(guard, intercepts={**guard.intercepts, "harm": 0.0})
-    other_judge = replace(guard, offline=replace(guard.offline, threshold=0.9))
-    assert len({guard.identity, other_head.identity, other_judge.identity}) == 3
+    other_judge = replace(guard, offline=replace(guard.offline, intercepts={**guard.offline.intercepts, "harm": 0.0}))
+    other_threshold = replace(guard, threshold=0.9)
+    assert len({guard.identity, other_head.identity, other_judge.identity, other_threshold.identity}) == 4
 
 
 def test_an_answer_is_read_at_both_ends() -> None:
@@ -94,10 +95,10 @@ def test_another_encoder_is_refused_with_the_way_to_fit_a_head(changed: Path) ->
 def test_a_head_beside_the_encoder_is_taken(changed: Path, guard: e.EncoderGuard) -> None:
     own = e.Encoder(changed)
     weights = {h: np.zeros_like(w) for h, w in guard.weights.items()}
-    (changed / e.OWN).write_bytes(e.head_bytes(own, weights, {"harm": 9.0, "refusal": -9.0}))
+    (changed / e.OWN).write_bytes(e.head_bytes(own, weights, {"harm": 9.0, "refusal": -9.0}, 0.7))
     loaded = load_guard(f"encoder:{changed}")
     assert isinstance(loaded, e.EncoderGuard)
-    assert loaded.intercepts == {"harm": 9.0, "refusal": -9.0}
+    assert (loaded.intercepts, loaded.threshold) == ({"harm": 9.0, "refusal": -9.0}, 0.7)
     assert loaded.identity != guard.identity
 
 

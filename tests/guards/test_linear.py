@@ -109,6 +109,18 @@ def test_a_guard_that_reads_the_response_alone_ignores_the_prompt_and_stays_so_i
     assert alone.identity != LinearGuard.fit(TRAIN).identity
 
 
+def test_a_guard_fitted_with_other_signals_is_refused_and_one_without_signals_does_not_mind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(([], "red"), None, 1), (([], "blue"), None, 0)]
+    files = [LinearGuard.fit(rows, bits=10, signals=s).save(tmp_path / f"{s}.safetensors") for s in (True, False)]
+    before = [LinearGuard.load(f).identity for f in files]
+    monkeypatch.setattr(_signals, "VERSION", 99)
+    assert LinearGuard.load(files[1]).identity == before[1]
+    with pytest.raises(ResafeError, match="fit the guard again"):
+        LinearGuard.load(files[0])
+
+
 def test_one_head_of_a_guard_says_only_its_part(guard: LinearGuard) -> None:
     exchange = TEST[0][0]
     whole, harm, refusal = (g.classify([exchange])[0] for g in (guard, guard.only("harm"), guard.only("refusal")))
@@ -127,6 +139,7 @@ def test_the_signals_tell_moralising_from_steps() -> None:
     assert (found["moral"][4], found["steps"][4]) == (1, 0)  # a norm in the first sentence
     assert (found["moral"][12], found["steps"][12]) == (1, 0)  # redirected at the end
     assert (found["moral"][20], found["steps"][20]) == (0, 1)  # a list
+    assert [v[-1] for v in found.values()] == [1, 0, 0, 0]  # a lecture
 
 
 def test_prompt_and_response_words_do_not_meet() -> None:
