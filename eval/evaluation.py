@@ -131,7 +131,7 @@ def _without_overlap(
         cases = [c for c in suite.cases if c.id not in gone]
         names = sorted({name for found in gone.values() for name in found})
         if not cases:
-            raise ResafeError(f"every prompt of suite {suite.name} was in the training data of {', '.join(names)}.")
+            raise ResafeError(f"every prompt of suite {suite.name} was used to train or to calibrate {', '.join(names)}.")
         kept.append(replace(suite, cases=cases))
         dropped[suite.name] = gone
     return kept, dropped

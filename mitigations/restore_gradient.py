@@ -44,7 +44,7 @@ class RestoreGradient(Mitigation):
     """Full checkpoint out, also of a LoRA: single entries of W are edited. Embeddings, head and 1-D tensors stay as fine-tuned."""
 
     needs: ClassVar[Needs] = Needs(aligned=True, safety=True, quantised=False)
-    dose: ClassVar[tuple[str, tuple[float, ...]]] = ("rate", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05))
+    dose: ClassVar[tuple[str, tuple[float, ...]]] = ("rate", (0.005, 0.01, 0.02, 0.05, 0.1, 0.2))
 
     rate: float = Field(0.01, ge=0, le=1, allow_inf_nan=False, description="share of every weight's entries that one round copies")
     rounds: int = Field(5, ge=1, description="gradients that are taken")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from resafe.cli import options
+
+if TYPE_CHECKING:
+    from resafe.finetune.repair import Job
+
+SEARCHING = ("suites", "limit", "judges", "margin", "doses", "store")
 
 
 @click.command()
@@ -54,16 +59,72 @@ def train(model: str, data: Path, mitigations: tuple[str, ...], output: Path, sa
 @options.safety_data
 @options.heldout
 @options.seed
+@click.option("--search", "searching", is_flag=True, help="Find the strength: least harm with utility kept, LERP beside it.")
+@click.option("--search-suite", "suites", multiple=True, help="Development prompts for --search, a harmful and a benign suite [default: advbench, xstest_safe].")
+@click.option("--search-limit", "limit", type=click.IntRange(1), default=100, show_default=True, help="Prompts per suite, drawn by seed; later evaluations leave them out.")
+@click.option("--search-judge", "judges", multiple=True, help="Second judge for --search; repeat. Default: by suite.")
+@click.option("--margin", type=click.FloatRange(0, 100, min_open=True, max_open=True), default=2, show_default=True, help="Points of utility that may be lost.")
+@click.option("--doses", metavar="A,B,...", help="Values to try, weakest first [default: the method's own].")
+@options.store
 def repair(tuned: Path, aligned: str | None, base: str | None, data: Path | None, mitigations: tuple[str, ...], output: Path,
-           safety_data: str | None, heldout: Path | None, seed: int) -> None:  # fmt: skip
-    """Put safety back into a finished fine-tune (a full checkpoint or a LoRA adapter)."""
+           safety_data: str | None, heldout: Path | None, seed: int, searching: bool, store: str | None, **how: Any) -> None:  # fmt: skip
+    """Put safety back into a finished fine-tune (a full checkpoint or a LoRA adapter).
+
+    With --search, the strength of the one method that has one is calibrated: every dose is measured on development prompts and
+    on the rows of --heldout, and the curve goes to OUTPUT-search/search.html and search.json.
+    """
     from resafe import lab
-    from resafe.finetune.repair import repair as run
+    from resafe.finetune.repair import perform, plan
 
     log = options.logger()
+    if not searching:
+        _check_unused(click.get_current_context())
     before = lab.resolve(aligned, log=log) if aligned else None
     first = lab.resolve(base, log=log) if base else None
-    click.echo(run(tuned, output, mitigations, before, data, safety_data, heldout, seed, log, first))
+    job = plan(tuned, output, mitigations, before, data, safety_data, heldout, seed, log, first)
+    click.echo(_search(job, store, **how) if searching else perform(job))
+
+
+def _check_unused(context: click.Context) -> None:
+    from click.core import ParameterSource
+
+    from resafe.errors import ResafeError
+
+    for option in context.command.params:
+        if str(option.name) in SEARCHING and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
+            raise ResafeError(f"{option.opts[0]} belongs to --search: add --search, or leave it out.")
+
+
+def _search(job: Job, store: str | None, suites: tuple[str, ...], limit: int, judges: tuple[str, ...], margin: float, doses: str | None) -> Path:
+    """Search, show the curve and write it beside the output; then repair, or refuse with the reason."""
+    from resafe.eval.dose_report import render, table
+    from resafe.files import write_json
+    from resafe.finetune.search import SUITES, Settings, finish, search
+
+    how = Settings(suites or SUITES, limit, margin / 100, _numbers(doses), judges or None, store=options.store_folder(store))
+    found = search(job, how)
+    beside = job.run.output.with_name(f"{job.run.output.name}-search")
+    options.show(table(found.found))
+    write_json(beside / "search.json", found.record)
+    page = render(found.found, found.results.meta, f"resafe repair --search: {found.found.method}", beside / "search.html")
+    click.echo(f"Dose-response: {page}")
+    folder = finish(found)
+    click.echo(found.found.why)
+    return folder
+
+
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    from math import isfinite
+
+    from resafe.errors import ResafeError
+
+    try:
+        found = [float(part) for part in text.split(",")] if text is not None else []
+    except ValueError:
+        found = [float("nan")]
+    if not all(isfinite(x) for x in found):
+        raise ResafeError(f"--doses takes numbers with commas between them, such as 0.1,0.2; found '{text}'.")
+    return tuple(found) or None
 
 
 def _first(error: ValueError) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resafe import models
+from resafe import chat, models
 from resafe.rows import Row
 from resafe.sft import tokenised
 
@@ -39,6 +39,24 @@ def _accuracy(loaded: models.Loaded, rows: Sequence[Row], max_length: int) -> tu
     hits = [h for start in range(0, len(data), BATCH) for h in _hits(loaded, data[start : start + BATCH])]
     tokens = [t for h in hits for t in h]
     return sum(all(h) for h in hits) / len(hits), sum(tokens) / len(tokens)
+
+
+def row_votes(folder: Path, rows: Sequence[Row], max_length: int = 1024) -> tuple[list[bool | None], list[float | None]]:
+    """For every row, so that two checkpoints compare in pairs: whether its answer is predicted whole, and the share of its tokens that are.
+
+    None where a row has no answer within `max_length` tokens.
+    """
+    loaded = models.load(folder)
+    encoded = [chat.encode(loaded.tokenizer, row["messages"]) for row in rows]
+    data = [{"input_ids": e.ids[:max_length], "assistant_masks": e.assistant[:max_length]} for e in encoded]
+    scored = [i for i, d in enumerate(data) if any(d["assistant_masks"])]
+    whole: list[bool | None] = [None] * len(rows)
+    share: list[float | None] = [None] * len(rows)
+    for start in range(0, len(scored), BATCH):
+        part = scored[start : start + BATCH]
+        for i, hits in zip(part, _hits(loaded, [data[i] for i in part])):
+            whole[i], share[i] = all(hits), sum(hits) / len(hits)
+    return whole, share
 
 
 def _hits(loaded: models.Loaded, rows: list[dict[str, list[int]]]) -> list[list[bool]]:

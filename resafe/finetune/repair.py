@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resafe import manifest, models
 from resafe.errors import ResafeError
@@ -11,9 +14,23 @@ from resafe.files import check_free, new_folder
 from resafe.finetune import _run
 from resafe.finetune._measure import held_out_utility
 from resafe.mitigation import Run
-from resafe.mitigations import stack
+from resafe.mitigations import Named, stack
 from resafe.quiet import quieten
-from resafe.rows import read_jsonl
+from resafe.rows import Row, read_jsonl
+from resafe.safety import SafetyRows
+
+
+@dataclass(frozen=True)
+class Job:
+    """A repair whose input was checked, and that has not begun."""
+
+    named: list[Named]
+    run: Run
+    home: Path  # the checkpoint to repair
+    heldout: list[Row]
+    safety: SafetyRows | None
+    before: dict[str, Any]  # manifest of the checkpoint
+    inputs: list[Any]  # what decides the result beside the mitigations, as it is now
 
 
 def repair(
@@ -34,6 +51,22 @@ def repair(
     rows (default: `data`) measure utility for methods that calibrate themselves.
     Raises ResafeError before any work for whatever is wrong with the input.
     """
+    return perform(plan(tuned, output, mitigations, aligned, data, safety_data, heldout, seed, log, base))
+
+
+def plan(
+    tuned: str | Path,
+    output: str | Path,
+    mitigations: _run.Specs,
+    aligned: str | Path | None = None,
+    data: str | Path | None = None,
+    safety_data: str | None = None,
+    heldout: str | Path | None = None,
+    seed: int = 0,
+    log: _run.Log = lambda _: None,
+    base: str | Path | None = None,
+) -> Job:
+    """Check everything that `repair` is given. Raises ResafeError for whatever is wrong with it."""
     home, target = models.vet(Path(tuned)).absolute(), Path(output).absolute()
     check_free(target)
     named = stack(mitigations)
@@ -53,27 +86,38 @@ def repair(
     )  # fmt: skip
     for m in named:
         m.mitigation.check(m.name, run)
-    before = manifest.read(home) or {}
+    inputs = [
+        _run.state(home), _run.state(run.aligned), _run.state(run.base), _run.content(data),
+        safety.sha256 if safety else None, _run.content(heldout), seed,
+    ]  # fmt: skip
+    return Job(named, run, home, kept, safety, manifest.read(home) or {}, inputs)
+
+
+def perform(job: Job, search: Mapping[str, Any] | None = None, overlap: Mapping[str, list[str]] | None = None) -> Path:
+    """Do what was planned; return the new folder.
+
+    `search` says how a strength was chosen, `overlap` on which evaluation prompts (suite -> prompts): both go into the
+    manifest, and the evaluator leaves those prompts out.
+    """
+    run, named, before, target = job.run, job.named, job.before, job.run.output
     guard = _run.guard_entry(run, named, before.get("guard"))
-    work = _run.workplace(
-        target,
-        [
-            _run.state(home), _run.state(run.aligned), _run.state(run.base), _run.content(data), [m.spec for m in named],
-            safety.sha256 if safety else None, _run.content(heldout), seed,
-        ],
-    )  # fmt: skip
+    work = _run.workplace(target, [*job.inputs, [m.spec for m in named]])
     quieten()
     with _run.spending(work) as usage:
         for m in named:
             m.mitigation.prepare(run)
-        last = _run.chain(run, named, home, work)
+        last = _run.chain(run, named, job.home, work)
     with new_folder(target) as folder:
         _run.link_copy(last, folder)
         manifest.write(folder, {
-            "verb": "repair", "tuned": str(home), "aligned": str(run.aligned) if run.aligned else None,
+            "verb": "repair", "tuned": str(job.home), "aligned": str(run.aligned) if run.aligned else None,
             "base": str(run.base) if run.base else None, "before": before,
-            **_run.describe(named, safety, seed), "guard": guard, "overlap": before.get("overlap", {}),
-            "usage": usage,
+            **_run.describe(named, job.safety, run.seed), "guard": guard, "overlap": _joined(before.get("overlap", {}), overlap or {}),
+            **({"search": search} if search else {}), "usage": usage,
         })  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _joined(one: Mapping[str, list[str]], two: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    return {name: list(dict.fromkeys([*one.get(name, []), *two.get(name, [])])) for name in {**one, **two}}

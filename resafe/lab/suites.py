@@ -54,12 +54,18 @@ SUITES: dict[str, tuple[str, Maker]] = {
 
 
 def suite_rows(name: str, split: str = "test", n: int | None = None) -> list[dict[str, Any]]:
-    """`n` (default 200) rows {id, prompt, category, reference, kind} of a lab suite, always the same ones."""
+    """`n` (default 200) rows {id, prompt, category, reference, kind} of a lab suite, always the same ones.
+
+    NAME_dev is NAME's development split (default 80 rows, it holds few hazards): what a strength is chosen on, so that the
+    test prompts stay unseen.
+    """
+    if name.endswith("_dev"):
+        name, split = name.removesuffix("_dev"), "dev"
     if name not in SUITES:
         raise ResafeError(f"unknown lab suite '{name}'. {suggest(name, SUITES)}")
     kind, make = SUITES[name]
     rng = random.Random(f"{name} {split}")
-    rows = g.distinct(lambda: make(rng, split), n or (100 if name == "lab_harm_category" else 200))
+    rows = g.distinct(lambda: make(rng, split), n or (80 if split == "dev" else 100 if name == "lab_harm_category" else 200))
     return [
         {
             "id": f"{name}-{split}-{i}", "prompt": r["messages"][0]["content"], "reference": r["messages"][1]["content"],
@@ -69,13 +75,13 @@ def suite_rows(name: str, split: str = "test", n: int | None = None) -> list[dic
     ]  # fmt: skip
 
 
-def heldout_rows(name: str) -> list[Row]:
-    """Development rows that measure utility while a method calibrates itself: `heldout_skills` or `heldout_note`."""
+def heldout_rows(name: str, n: int = 100) -> list[Row]:
+    """`n` development rows that measure utility while a method calibrates itself: `heldout_skills` or `heldout_note`."""
     makers = {"heldout_skills": _skills, "heldout_note": _note}
     if name not in makers:
         raise ResafeError(f"unknown lab rows '{name}'. {suggest(name, makers)}")
     rng = random.Random(name)
-    return g.distinct(lambda: makers[name](rng, "dev"), 100)
+    return g.distinct(lambda: makers[name](rng, "dev"), n)
 
 
 def judge(row: dict[str, Any], response: str) -> dict[str, bool]:

@@ -117,7 +117,7 @@ def test_prompts_that_one_target_was_trained_on_are_left_out_for_all(
 
 def test_a_suite_that_was_trained_on_whole_is_refused(make_suite: Make, scripted: Any) -> None:
     trained = TargetSpec("t", answers=scripted("x"), overlap={"mine": ["p0", "p1"]})
-    with pytest.raises(ResafeError, match="every prompt of suite mine was in the training data of t"):
+    with pytest.raises(ResafeError, match="every prompt of suite mine was used to train or to calibrate t"):
         evaluate([trained], [make_suite(n=2)])
 
 
