@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from resafe.weights import Adapter, Module, Twin
     from resafe.weights.alignment import Alignment
 
+EXPERT = re.compile(r"\[\d+\]$")  # after the name of a stack: one of its experts
 Operator = Callable[["Tensor"], Any]  # V (out, in) -> something with apply(x); None: nothing is left
 
 
@@ -70,22 +72,22 @@ def _of_adapter(alignment: Alignment, tuned: Path, operator: Operator, score: Ca
 
 
 def _of_checkpoint(run: Run, alignment: Alignment, tuned: Path, operator: Operator, score: Callable[[Any, float], float]) -> list[Decision]:
-    from resafe.weights import Checkpoint, Pair, wide
+    from resafe.weights import Checkpoint, Pair, Progress, wide
     from resafe.weights.subspace import cosine
 
     pair = Pair(Checkpoint(tuned), alignment.aligned, run.log)
     names = set(alignment.matrices())
+    twins = [(twin, str(twin.aligned)) for twin in pair.twins if twin.aligned in names]
+    done = Progress(run.log, sum(pair.tuned.nbytes(twin.tuned) for twin, _ in twins))
     found = []
-    for twin in pair.twins:
-        if twin.aligned not in names or (v := alignment.direction(str(twin.aligned))) is None:
-            continue
-        d = wide(pair.tuned.finite(twin.tuned)) - wide(pair.aligned.finite(str(twin.aligned)))
-        if not bool(d.any()):
-            continue
-        d = d.T if alignment.turned(str(twin.aligned)) else d
-        made = operator(v)
-        at = cosine(made.apply(d), d)
-        found.append(Decision(twin.name, score(made, at), at))
+    for twin, there in twins:
+        d = alignment.each(there, wide(pair.tuned.finite(twin.tuned)) - wide(pair.aligned.finite(there)))
+        for which, v in alignment.directions(there).items():
+            if bool(d[which].any()):
+                made = operator(v)
+                at = cosine(made.apply(d[which]), d[which])
+                found.append(Decision(twin.name + which, score(made, at), at))
+        done.add(pair.tuned.nbytes(twin.tuned))
     return found
 
 
@@ -111,22 +113,23 @@ def apply_to_adapter(
 def apply_to_checkpoint(
     run: Run, tuned: Path, aligned: Path, base: Path, chosen: set[str], operator: Operator, file: str, about: Mapping[str, Any]
 ) -> Path:
-    """W <- W_aligned + operator(V) (W - W_aligned) in the chosen weights; everything else stays as fine-tuned."""
+    """W <- W_aligned + operator(V) (W - W_aligned) in the chosen weights (experts of a stack each by itself); everything else stays as fine-tuned."""
     from resafe.weights import Checkpoint, Pair, write_checkpoint
     from resafe.weights.alignment import Alignment
 
     alignment = Alignment(aligned, base)
     pair = Pair(Checkpoint(tuned), alignment.aligned, run.log)
+    touched = {EXPERT.sub("", name) for name in chosen}
 
     def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
-        if twin.name not in chosen:
+        if twin.name not in touched:
             return ours
-        turned = alignment.turned(str(twin.aligned))
-        v = alignment.direction(str(twin.aligned))
-        assert v is not None
-        d = (ours - theirs).T if turned else ours - theirs
-        kept = edited(operator(v), d)
-        return theirs + (kept.T if turned else kept)
+        there, result = str(twin.aligned), ours.clone()
+        new, old, target = (alignment.each(there, value) for value in (ours, theirs, result))
+        for which, v in alignment.directions(there).items():
+            if twin.name + which in chosen:
+                target[which].copy_(old[which] + edited(operator(v), new[which] - old[which]))
+        return result
 
     return _recorded(write_checkpoint(tuned, run.output, pair.edit(rule), config=pair.config), file, about)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from resafe.weights import Twin
 
 
-Vector = Callable[[str, Any], Any]  # name of a weight, W_aligned -> W_aligned - W_unaligned, or None
+Vector = Callable[["Twin", Any], Any]  # a weight (which rows of it), W_aligned -> W_aligned - W_unaligned, or None
 
 
 class Resta(Mitigation):
@@ -82,36 +82,44 @@ class Resta(Mitigation):
         vector = self._vector(run, aligned)
 
         def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
-            made = ours - theirs
-            if self.drop:
-                made = dare(made, self.drop, _generator(run.seed, twin.name))
-            safety = vector(str(twin.aligned), theirs)
-            return theirs + made if safety is None else theirs + made + self.strength * safety
+            made = ours if not self.drop else theirs + dare(ours - theirs, self.drop, _generator(run.seed, twin.name))
+            safety = vector(twin, theirs)
+            return made if safety is None else made.add(safety, alpha=self.strength)
 
-        return write_checkpoint(tuned, run.output, pair.edit(rule), config=pair.config)
+        blocks = not self.drop and not is_adapter(self._folder(run))  # what draws a mask, or multiplies factors, needs the whole matrix
+        return write_checkpoint(tuned, run.output, pair.edit(rule, blocks), config=pair.config)
 
-    def _vector(self, run: Run, aligned: Path) -> Vector:
-        """name, W_aligned -> W_aligned - W_unaligned; None where the unaligned model does not differ or has no such tensor."""
-        from resafe.weights import Checkpoint, counterparts, wide
-
+    def _folder(self, run: Run) -> Path:
         folder = run.base if self.unaligned == "base" else Path(self.unaligned)
         assert folder is not None
+        return folder
+
+    def _vector(self, run: Run, aligned: Path) -> Vector:
+        """W_aligned - W_unaligned; None where the unaligned model does not differ or has no such tensor."""
+        from resafe.weights import Checkpoint, check_tokenizers, counterparts, wide
+
+        folder = self._folder(run)
         if is_adapter(folder):
             return _adapter_vector(folder, aligned)
         model = Checkpoint(folder).plain()
+        check_tokenizers(aligned, folder)
         there = counterparts(Checkpoint(aligned).names(), model)
 
-        def full(name: str, theirs: Tensor) -> Tensor | None:
+        def full(twin: Twin, theirs: Tensor) -> Tensor | None:
+            name = str(twin.aligned)
             if name not in there:
                 return None
-            other = wide(model.finite(there[name])).to(theirs.dtype)
-            if other.shape[1:] != theirs.shape[1:]:
-                raise ResafeError(f"tensor {name} has shape {list(theirs.shape)} in {aligned} and {list(other.shape)} in {folder}: these are different architectures.")
+            if (shape := model.shape(there[name]))[1:] != theirs.shape[1:]:
+                raise ResafeError(f"tensor {name} has rows of shape {list(theirs.shape[1:])} in {aligned} and {list(shape[1:])} in {folder}: these are different architectures.")
+            first, last = twin.rows or (0, len(theirs) if theirs.ndim else 1)
+            common = min(last, model.height(there[name]))  # a vocabulary that one of them has grown
+            if common <= first:
+                return None
+            other = wide(model.finite(there[name], first, common)).to(theirs.dtype)
             if other.shape == theirs.shape:
                 return theirs - other
-            rows = min(len(other), len(theirs))  # a vocabulary that one of them has grown
             found = theirs - theirs
-            found[:rows] = theirs[:rows] - other[:rows]
+            found[: len(other)] = theirs[: len(other)] - other
             return found
 
         return full
@@ -126,7 +134,8 @@ def _adapter_vector(folder: Path, aligned: Path) -> Vector:
     weights = {f"{name}.weight": module for name, module in adapter.modules.items()}
     modules = {there: weights[name] for name, there in counterparts(weights, model).items()}
 
-    def thin(name: str, theirs: Tensor) -> Tensor | None:
+    def thin(twin: Twin, theirs: Tensor) -> Tensor | None:
+        name = str(twin.aligned)
         return -oriented(model, adapter, modules[name], theirs) if name in modules else None
 
     return thin

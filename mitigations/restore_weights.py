@@ -85,7 +85,7 @@ class RestoreWeights(Mitigation):
             return ours if self.embeddings == "keep" and twin.vocabulary else interpolate(ours, theirs, strength)
 
         pair = Pair(Checkpoint(tuned), Checkpoint(aligned), run.log)
-        return write_checkpoint(tuned, target, pair.edit(rule), config=pair.config)
+        return write_checkpoint(tuned, target, pair.edit(rule, blocks=True), config=pair.config)
 
     def _search(self, run: Run, tuned: Path, aligned: Path) -> Path:
         start = _utility(run, tuned)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -56,13 +58,16 @@ def write_json(path: Path, value: Any) -> Path:
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block succeeds and vanishes when it does not.
 
-    Raises ResafeError before any work if `target` exists and is not empty (unless `overwrite`).
+    What killed runs left of the same target is removed first. Raises ResafeError before any work if `target` exists and is not empty (unless `overwrite`).
     """
     target = target.absolute()
     check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
     tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+    held = os.open(tmp, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         tmp.chmod(0o755)
         yield tmp
         for file in tmp.rglob("*"):
@@ -76,6 +81,22 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
+
+
+def _sweep(target: Path) -> None:
+    """Remove unfinished folders of `target` that no living process holds: their lock went with the process."""
+    for left in target.parent.glob(f"{glob.escape(f'.{target.name}.partial-')}*"):
+        fd = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # another run is writing there
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(fd)
 
 
 def check_free(target: Path, overwrite: bool = False) -> None:

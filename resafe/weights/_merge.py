@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
 from resafe.weights._adapter import Adapter, Module
+from resafe.weights._parts import Part, copied
 from resafe.weights._shards import wide
 from resafe.weights.checkpoint import Checkpoint
 from resafe.weights.names import counterparts, translate
@@ -53,14 +55,20 @@ def _head_name(weights: dict[str, Module]) -> str:
     return heads[0] if heads else "lm_head.weight"
 
 
-def _merged(
-    model: Checkpoint, update: Adapter, places: dict[str, tuple[str, Module | None]]
-) -> Iterator[tuple[str, Tensor]]:
+def _merged(model: Checkpoint, update: Adapter, places: dict[str, tuple[str, Module | None]]) -> list[Part]:
+    found = []
     for name, (source, module) in sorted(places.items()):
+        part = replace(copied(model, source), name=name)
+        found.append(part if module is None else replace(part, whole=True, compute=_sum(model, update, source, module)))
+    return found
+
+
+def _sum(model: Checkpoint, update: Adapter, source: str, module: Module) -> Callable[[int, int], Tensor]:
+    def compute(_first: int, _last: int) -> Tensor:
         weight = model.finite(source)
-        if module is not None:
-            weight = (wide(weight) + oriented(model, update, module, weight)).to(weight.dtype)
-        yield name, weight
+        return (wide(weight) + oriented(model, update, module, weight)).to(weight.dtype)
+
+    return compute
 
 
 def oriented(model: Checkpoint, update: Adapter, module: Module, weight: Tensor) -> Tensor:

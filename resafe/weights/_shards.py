@@ -1,7 +1,13 @@
-"""Named tensors in one or more safetensors files: headers are checked at once, values are read one at a time."""
+"""Named tensors in one or more safetensors files: headers are checked at once, values are read when asked for, whole or by rows.
+
+Values are read with `pread` into memory of their own. A memory map would be slower here (a fault per page), and its pages
+would count as resident until the file is closed, adding up to the whole checkpoint.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,36 +20,92 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # 8-bit floats mean nothing without their scales: see Checkpoint.quantised
+# The format's names of the dtypes that torch has, in the format's own order (its writer puts the last first), and torch's.
+DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "I16": "int16", "U16": "uint16",
+    "F16": "float16", "BF16": "bfloat16", "I32": "int32", "U32": "uint32", "F32": "float32", "C64": "complex64", "F64": "float64",
+    "I64": "int64", "U64": "uint64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is stored, and its header; `dtype` is the format's own name (F32, BF16, ...)."""
+    """Where a tensor is stored (`start`, `stop`: bytes of `file`), and its header; `dtype` is the format's own name (F32, BF16, ...)."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """`safe_open`, with every way in which a file can be damaged turned into one ResafeError."""
-    from safetensors import SafetensorError, safe_open
+def undamaged(file: Path) -> Iterator[None]:
+    """Every way in which a file can turn out to be damaged becomes one ResafeError."""
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(str(file), framework="pt", device="cpu") as handle:
-            yield handle
+        yield
     except FileNotFoundError:
         raise ResafeError(f"weights file {file} is missing: copy or download it again.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, EOFError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ResafeError(f"weights file {file} is damaged ({reason}): copy or download it again.") from None
 
 
 def _entries(file: Path) -> dict[str, Entry]:
-    with opened(file) as handle:
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-        return {name: Entry(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    from safetensors import safe_open
+
+    with undamaged(file):
+        with safe_open(str(file), framework="pt", device="cpu"):
+            pass  # opening checks the header, its offsets and the file's size
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    first = 8 + size
+    return {
+        name: Entry(file, e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0], first + e["data_offsets"][1])
+        for name, e in header.items()
+    }
+
+
+def height(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor; a scalar has one."""
+    return shape[0] if shape else 1
+
+
+def as_bytes(value: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    import torch
+
+    found: memoryview = value.reshape(-1).view(torch.uint8).numpy().data
+    return found
+
+
+def _read(entry: Entry, first: int, last: int) -> Tensor:
+    """Rows first..last - 1 of a stored tensor."""
+    import torch
+
+    if entry.dtype not in DTYPES:
+        raise ResafeError(f"{entry.file} holds tensors of type {entry.dtype}, which cannot be edited: use the unquantised checkpoint.")
+    shape = (last - first, *entry.shape[1:]) if entry.shape else ()
+    value = torch.empty(shape, dtype=getattr(torch, DTYPES[entry.dtype]))
+    if not value.numel():
+        return value
+    row = (entry.stop - entry.start) // height(entry.shape)
+    memory, at, done = as_bytes(value), entry.start + first * row, 0
+    with undamaged(entry.file):
+        fd = os.open(entry.file, os.O_RDONLY)
+        try:
+            while done < len(memory):
+                got = os.preadv(fd, [memory[done:]], at + done)
+                if got == 0:
+                    raise EOFError(f"it ends at byte {at + done}")
+                done += got
+        finally:
+            os.close(fd)
+    return value
 
 
 class Shards:
@@ -78,6 +140,10 @@ class Shards:
         """Shape, from the header."""
         return self._entry(name).shape
 
+    def height(self, name: str) -> int:
+        """Number of rows, from the header; a scalar has one."""
+        return height(self.shape(name))
+
     def dtype(self, name: str) -> str:
         """The safetensors name of the dtype, from the header."""
         return self._entry(name).dtype
@@ -86,21 +152,29 @@ class Shards:
         """Whether arithmetic on `name` makes sense: a plain 16 to 64 bit float, not an index, a mask or packed bits."""
         return self.dtype(name) in FLOATS
 
-    def tensor(self, name: str) -> Tensor:
-        """The values, in memory only while they are referred to. Not for in-place arithmetic."""
-        # Opened per tensor: pages of a file that stays open stay in memory, and would add up to the whole checkpoint.
-        with opened(self.file(name)) as handle:
-            value: Tensor = handle.get_tensor(name)
-        return value
+    def nbytes(self, name: str) -> int:
+        """Size of the values, in bytes."""
+        entry = self._entry(name)
+        return entry.stop - entry.start
 
-    def finite(self, name: str) -> Tensor:
+    def tensor(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """The values, or those of rows first..last - 1, in memory only while they are referred to."""
+        entry = self._entry(name)
+        return _read(entry, first, self.height(name) if last is None else last)
+
+    def finite(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """`tensor`, refused where it holds NaN or infinity: they would spread to whatever is computed from it."""
-        value = self.tensor(name)
-        if self.floating(name) and not bool(value.isfinite().all()):
+        value = self.tensor(name, first, last)
+        if self.floating(name) and not _finite(value):
             raise ResafeError(
                 f"tensor {name} in {self.file(name)} holds NaN or infinity: the training run diverged; use an earlier checkpoint."
             )
         return value
+
+
+def _finite(value: Tensor) -> bool:
+    # One NaN or infinity makes a sum infinite or NaN, which costs one pass; only a sum that overflows needs the second look.
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
 def wide(value: Tensor) -> Tensor:

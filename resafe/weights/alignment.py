@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
+NOT_LINEAR = ("bias", "A_log")  # 2-D all the same: the biases of stacked experts, the states of state-space models
+STACKED_IN_OUT = ("gpt_oss", "aria", "aria_text", "llama4", "llama4_text")  # model types whose stacked experts are (expert, in, out)
 
 
 class Alignment:
@@ -29,14 +31,24 @@ class Alignment:
             raise ResafeError(f"{aligned} is given as the aligned model and as its base: name the model before alignment with --base.")
 
     def matrices(self) -> list[str]:
-        """Names (of the aligned model) of the linear weights that both models have; neither embeddings nor heads."""
-        return [n for n in self.aligned.names() if n in self._there and len(self.aligned.shape(n)) == 2 and self._linear(n)]
+        """Names (of the aligned model) of the linear weights that both models have; neither embeddings nor heads.
+
+        A stack of experts, (expert, ., .), is one name.
+        """
+        return [n for n in self.aligned.names() if n in self._there and self._linear(n)]
 
     def _linear(self, name: str) -> bool:
-        return self.aligned.floating(name) and not is_vocabulary(name) and not name.endswith(POSITIONS)
+        known = self.aligned.floating(name) and not is_vocabulary(name) and not name.endswith((*POSITIONS, *NOT_LINEAR))
+        return known and (len(self.aligned.shape(name)) == 2 or self.stacked(name))
+
+    def stacked(self, name: str) -> bool:
+        """Whether the weight is a stack of experts' matrices."""
+        return ".experts." in name and len(self.aligned.shape(name)) == 3
 
     def direction(self, name: str) -> Tensor | None:
         """V of one weight, (out, in) in wide floats, also where it is stored turned (GPT-2); None where alignment left it as it was.
+
+        Of a stack of experts it is laid out as the stack; see `directions`.
 
         Raises ResafeError for another shape and for NaN.
         """
@@ -50,6 +62,20 @@ class Alignment:
             return None
         return v.T if self.turned(name) else v
 
+    def each(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """`value`, laid out as the weight `name` is stored, as matrices (out, in), which are views: one, called "", or the experts of a stack."""
+        if not self.stacked(name):
+            return {"": value.T if self.turned(name) else value}
+        turned = self.aligned.config.get("model_type") in STACKED_IN_OUT
+        return {f"[{i}]": matrix.T if turned else matrix for i, matrix in enumerate(value)}
+
+    def directions(self, name: str) -> dict[str, Tensor]:
+        """V of each of the weight's matrices that alignment moved, (out, in), by what `each` calls them."""
+        v = self.direction(name)
+        if v is None:
+            return {}
+        return {k: m for k, m in self.each(name, v).items() if bool(m.any())} if self.stacked(name) else {"": v}
+
     def turned(self, name: str) -> bool:
-        """Whether the weight is stored as (in, out)."""
+        """Whether the weight is a matrix stored as (in, out)."""
         return self.aligned.config.get("model_type") in CONV1D and len(self.aligned.shape(name)) == 2 and not is_vocabulary(name)

@@ -10,14 +10,18 @@ from typing import Any
 
 from resafe.errors import ResafeError
 from resafe.models import is_adapter, read_config
-from resafe.weights._shards import Shards
+from resafe.weights._shards import DTYPES, Shards
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tokens_embed.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
-# What bitsandbytes, GPTQ, AWQ and compressed-tensors store beside, or instead of, a weight.
-PACKED = re.compile(r"\.(absmax|nested_absmax|quant_map|quant_state\..+|SCB|qweight|qzeros|weight_packed|weight_scale(_inv)?)$")
+# What bitsandbytes, GPTQ, AWQ, HQQ, compressed-tensors and MXFP4 (gpt-oss) store beside, or instead of, a weight.
+PACKED = re.compile(
+    r"\.(absmax|nested_absmax|quant_map|quant_state\..+|SCB|qweight|qzeros|W_q|weight_packed|weight_scale(_inv)?"
+    r"|(gate_up|down)_proj_(blocks|scales))$"
+)
+BYTES = ("U8", "I8")  # in which 4 and 8 bit weights are packed; a weight of plain floats never is
 
 
 class Checkpoint(Shards):
@@ -37,8 +41,13 @@ class Checkpoint(Shards):
         settings = self.config.get("quantization_config")
         if settings:
             return str(settings.get("quant_method", "quantised")) if isinstance(settings, dict) else "quantised"
-        packed = any(PACKED.search(name) or self.dtype(name).startswith("F8") for name in self._entries)
-        return "packed tensors" if packed else None
+        packed = (name for name in self.names() if PACKED.search(name) or self._packed(name))
+        name = next(packed, None)
+        return f"tensor {name} is {self.dtype(name)}" if name else None
+
+    def _packed(self, name: str) -> bool:
+        kind = self.dtype(name)
+        return kind not in DTYPES or kind.startswith("F8") or (kind in BYTES and name.endswith((".weight", "_proj")))
 
     def plain(self) -> Checkpoint:
         """Itself; raises ResafeError when the weights are quantised, since packed bits cannot be averaged."""
@@ -114,6 +123,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def _check_index(folder: Path, found: Shards) -> None:
     if (folder / SINGLE).is_file():
         return
-    for name, shard in sorted(_weight_map(folder).items()):
+    places = _weight_map(folder)
+    for name, shard in sorted(places.items()):
         if name not in found or found.file(name).name != shard:
             raise ResafeError(f"{folder / INDEX} promises tensor {name} in {shard}, which lacks it: copy that shard again.")
+    if extra := sorted(set(found.names()) - places.keys()):
+        raise ResafeError(
+            f"{found.file(extra[0])} holds tensor {extra[0]}, which {INDEX} does not list: the shards are not all of one model; copy them again."
+        )

@@ -17,7 +17,7 @@ from resafe.weights.checkpoint import Checkpoint
 from resafe.weights.lora import Adapter
 from resafe.weights.names import translate
 from resafe.weights.pair import Pair
-from resafe.weights.subspace import EXACT, cosine
+from resafe.weights.subspace import EXACT, cosine, frobenius
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,9 +58,9 @@ def diff(aligned: Path, tuned: Path, base: Path | None = None, log: Callable[[st
         v = directions.direction(there) if directions and d.ndim == 2 else None
         if v is not None and directions and directions.turned(there):
             v = v.T
-        norm = float(d.norm())
+        norm = frobenius(d)
         at = cosine(d, v.to(d.dtype)) if v is not None and v.shape == d.shape and norm > 0 else None
-        found.append(Change(name, norm, norm / max(float(w.norm()), 1e-30), stable_rank(d) if d.ndim == 2 and norm > 0 else None, at))
+        found.append(Change(name, norm, norm / max(frobenius(w), 1e-30), stable_rank(d) if d.ndim == 2 and norm > 0 else None, at))
     return found
 
 
@@ -99,4 +99,4 @@ def stable_rank(d: Tensor, rounds: int = 100) -> float:
             x = d.T @ (d @ x)
             x = x / x.norm().clamp_min(1e-30)
         largest = float((d @ x).norm())
-    return max(1.0, float(d.norm()) ** 2 / max(largest, 1e-30) ** 2)
+    return max(1.0, frobenius(d) ** 2 / max(largest, 1e-30) ** 2)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from resafe.errors import ResafeError
 from resafe.weights.checkpoint import Checkpoint, is_head
+
+FILES = ("tokenizer.json", "vocab.json", "vocab.txt")  # that list the tokens; vocab.json and .txt are of older models
 
 
 def translate(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
@@ -38,10 +41,14 @@ def counterparts(names: Iterable[str], model: Checkpoint) -> dict[str, str]:
 
 
 def check_tokenizers(one: Path, other: Path) -> None:
-    """Refuse two models whose ids mean different tokens (tokenizer.json of both; added tokens may be renamed)."""
-    if not all((folder / "tokenizer.json").is_file() for folder in (one, other)):
+    """Refuse two models whose ids mean different tokens (added tokens may be renamed).
+
+    By the first of FILES that both have; models that have none in common are not judged.
+    """
+    file = next((f for f in FILES if (one / f).is_file() and (other / f).is_file()), None)
+    if file is None:
         return
-    ours, theirs = _tokens(one / "tokenizer.json"), _tokens(other / "tokenizer.json")
+    ours, theirs = _tokens(one / file), _tokens(other / file)
     wrong = [i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
     if wrong:
         i = wrong[0]
@@ -53,13 +60,22 @@ def check_tokenizers(one: Path, other: Path) -> None:
 
 def _tokens(file: Path) -> dict[int, str]:
     try:
+        if file.name == "vocab.txt":
+            return dict(enumerate(file.read_text(encoding="utf-8").splitlines()))
         content = json.loads(file.read_text(encoding="utf-8"))
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, dict):
-            tokens = {int(i): str(token) for token, i in vocabulary.items()}
-        else:  # Unigram: a list of [token, score]
-            tokens = {i: str(pair[0]) for i, pair in enumerate(vocabulary)}
-        added = {int(token["id"]) for token in content.get("added_tokens", [])}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        if file.name == "vocab.json":
+            return {int(i): str(token) for token, i in content.items()}
+        return _of_tokenizer(content)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ResafeError(f"{file} cannot be read ({type(error).__name__}: {error}).") from None
+
+
+def _of_tokenizer(content: dict[str, Any]) -> dict[int, str]:
+    """The vocabulary in a tokenizer.json, without added tokens."""
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        tokens = {int(i): str(token) for token, i in vocabulary.items()}
+    else:  # Unigram: a list of [token, score]
+        tokens = {i: str(pair[0]) for i, pair in enumerate(vocabulary)}
+    added = {int(token["id"]) for token in content.get("added_tokens", [])}
     return {i: token for i, token in tokens.items() if i not in added}

@@ -6,17 +6,19 @@ What every such rule would otherwise have to decide again:
   its embedding, and the result has a head of its own.
 - A vocabulary that grew: rows that both have are edited, added rows stay as trained.
 - Tensors that only the fine-tuned model has, and integer or boolean buffers, stay as they are.
-- Refused: missing tensors, other shapes, a smaller vocabulary, other tokenizers, NaN or infinity, quantised weights.
+- Refused: missing tensors, experts stacked in one model and stored one by one in the other, other shapes, a smaller vocabulary, other tokenizers, NaN or infinity, quantised weights.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
+from resafe.weights._parts import Part
+from resafe.weights._progress import Progress
 from resafe.weights._shards import wide
 from resafe.weights.checkpoint import Checkpoint, is_vocabulary
 from resafe.weights.names import check_tokenizers, counterparts
@@ -26,16 +28,23 @@ if TYPE_CHECKING:
 
 # Constants that older checkpoints store and newer ones compute.
 COMPUTED = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+# The experts of a layer as one tensor, and one by one.
+STACKED = re.compile(r"\.experts\.[a-z_]+$")
+SINGLE = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
 class Twin:
-    """One tensor of the result: its name, and what the two models call theirs (`aligned` None: nothing to edit toward)."""
+    """One tensor of the result: its name, and what the two models call theirs (`aligned` None: nothing to edit toward).
+
+    `rows` (first, last + 1) are those that a rule is given, where it is given a block; None: all.
+    """
 
     name: str
     tuned: str
     aligned: str | None
     vocabulary: bool = False
+    rows: tuple[int, int] | None = None
 
 
 Rule = Callable[[Twin, "Tensor", "Tensor"], "Tensor"]  # (twin, W_f, W_a) -> W; wide floats, same shape, not in place
@@ -48,6 +57,7 @@ class Pair:
         self.tuned, self.aligned = tuned.plain(), aligned.plain()
         self.config: dict[str, Any] = {}  # entries of config.json that the result needs changed
         check_tokenizers(tuned.folder, aligned.folder)
+        self._log = log
         self.twins = self._join(log)
         for twin in self.twins:
             self._check(twin)
@@ -63,6 +73,7 @@ class Pair:
                 twins.append(Twin(aligned.head, tuned.embedding, aligned.head, True))
         lost = sorted(n for n in unmatched - {aligned.head} if not COMPUTED.search(n))
         if lost:
+            _check_experts(tuned, aligned)
             raise ResafeError(
                 f"{tuned.folder} lacks {len(lost)} tensors of {aligned.folder}: {_some(lost)}. Is this the model it was tuned from?"
             )
@@ -88,27 +99,62 @@ class Pair:
             "these are different architectures."
         )
 
-    def edit(self, rule: Rule) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the result, in the dtype of the fine-tuned model, with `rule` applied where both models have it."""
-        for twin in self.twins:
-            yield twin.name, self._edited(twin, rule)
+    def edit(self, rule: Rule, blocks: bool = False) -> list[Part]:
+        """Every tensor of the result, in the dtype of the fine-tuned model, with `rule` applied where both models have it.
 
-    def _edited(self, twin: Twin, rule: Rule) -> Tensor:
+        Nothing is read before a part is computed. With `blocks` the rule is given some rows at a time (`Twin.rows`) and runs in
+        several threads: for rules that treat every number by itself. Says through the pair's `log` how far the parts are.
+        """
+        done = Progress(self._log, sum(self.tuned.nbytes(t.tuned) for t in self.twins))
+        return [self._part(twin, rule, blocks, done) for twin in self.twins]
+
+    def _part(self, twin: Twin, rule: Rule, blocks: bool, done: Progress) -> Part:
+        tuned = self.tuned
+        kept = twin.aligned is None or not tuned.floating(twin.tuned)
+
+        def compute(first: int, last: int) -> Tensor:
+            value = tuned.finite(twin.tuned, first, last) if kept else self._edited(twin, rule, first, last, blocks)
+            done.add(value.nbytes)
+            return value
+
+        return Part(twin.name, tuned.dtype(twin.tuned), tuned.shape(twin.tuned), compute, whole=not (blocks or kept))
+
+    def _edited(self, twin: Twin, rule: Rule, first: int, last: int, block: bool) -> Tensor:
         import torch
 
-        tuned = self.tuned.finite(twin.tuned)
-        if twin.aligned is None or not self.tuned.floating(twin.tuned):
+        there = str(twin.aligned)
+        if not self.aligned.floating(there):
+            raise ResafeError(f"tensor {there} in {self.aligned.folder} is {self.aligned.dtype(there)}, not floating point.")
+        tuned = self.tuned.finite(twin.tuned, first, last)
+        common = min(last, self.aligned.height(there))
+        if common <= first:  # a block of added tokens
             return tuned
-        aligned = self.aligned.finite(twin.aligned)
-        if not self.aligned.floating(twin.aligned):
-            raise ResafeError(f"tensor {twin.aligned} in {self.aligned.folder} is {aligned.dtype}, not floating point.")
-        rows = aligned.shape[0] if tuned.shape != aligned.shape else None
-        ours, theirs = wide(tuned if rows is None else tuned[:rows]), wide(aligned)
+        kind = tuned.dtype
+        added = tuned[common - first :] if common < last else None
+        ours = wide(tuned if added is None else tuned[: common - first])
+        del tuned  # the stored values would stay in memory beside the widened ones
+        theirs = wide(self.aligned.finite(there, first, common))
         if ours.dtype != theirs.dtype:
             ours, theirs = ours.double(), theirs.double()
-        edited = rule(twin, ours, theirs).to(tuned.dtype)
-        return edited if rows is None else torch.cat([edited, tuned[rows:]])
+        edited = rule(replace(twin, rows=(first, common)) if block else twin, ours, theirs)
+        del ours, theirs
+        edited = edited.to(kind)
+        return edited if added is None else torch.cat([edited, added])
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _check_experts(one: Checkpoint, other: Checkpoint) -> None:
+    """Refuse two layouts of the same experts."""
+    for stacked, single in ((one, other), (other, one)):
+        if _any(STACKED, stacked.names()) and _any(SINGLE, single.names()):
+            raise ResafeError(
+                f"{stacked.folder} stores its experts stacked and {single.folder} one by one: load one of them with transformers and save "
+                "it again as the other is (save_original_format)."
+            )
+
+
+def _any(pattern: re.Pattern[str], names: Iterable[str]) -> bool:
+    return any(pattern.search(name) for name in names)

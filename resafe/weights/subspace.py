@@ -40,8 +40,16 @@ class Official:
     def apply(self, x: Tensor) -> Tensor:
         """C x for x (out, n)."""
         v = self.direction
-        projected: Tensor = v @ (v.T @ x) / v.norm()
+        projected: Tensor = v @ (v.T @ x) / frobenius(v)
         return projected
+
+
+def frobenius(x: Tensor) -> float:
+    """||x||_F, from the norms of its rows: in one go in float32, that of a 4096 x 4096 matrix is off by 6e-4 (torch 2.13, CPU)."""
+    import torch
+
+    rows = torch.linalg.vector_norm(x, dim=-1 if x.is_contiguous() else 0)  # along memory
+    return float(torch.linalg.vector_norm(rows.double()))
 
 
 def top_left(v: Tensor, k: int, seed: int = 0, rounds: int = 8) -> Tensor:
@@ -65,7 +73,11 @@ def top_left(v: Tensor, k: int, seed: int = 0, rounds: int = 8) -> Tensor:
 
 
 def low_rank(v: Tensor, k: int) -> Tensor:
-    """The best approximation of `v` of rank `k` (Eckart-Young); `v` itself where it has no more ranks."""
+    """The best approximation of `v` of rank `k` (Eckart-Young); `v` itself where it has no more ranks. Of a stack, each matrix's."""
+    import torch
+
+    if v.ndim == 3:
+        return torch.stack([low_rank(matrix, k) for matrix in v])
     if k >= min(v.shape):
         return v
     u = top_left(v, k)

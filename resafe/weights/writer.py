@@ -1,21 +1,32 @@
-"""Checkpoints and adapters written as they are computed, one shard in memory, visible only when complete."""
+"""Checkpoints and adapters written as they are computed, block by block, visible only when complete.
+
+Every byte has its place before anything is computed, so the files are the same however many threads there are.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
 from resafe.files import check_free, new_folder, write_json
 from resafe.models import read_config
+from resafe.weights._parts import Item, Part, parts
+from resafe.weights._shards import DTYPES, as_bytes, height
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SHARD_BYTES = 2 << 30
+WORKERS = 4  # more do not help: by then the disk, or the lock that a file system takes to write a file, is what is waited for
+FLUSH = 128 << 20  # bytes after which what was written is sent to the disk, so that it works while the rest is computed
 # What a loader, a server or a lawyer needs beside the weights. Neither optimiser states nor Python code nor resafe.json.
 BESIDE = (
     "config.json",
@@ -39,22 +50,29 @@ BESIDE = (
 def write_checkpoint(
     source_folder: Path,
     target: Path,
-    tensors: Iterator[tuple[str, Tensor]],
+    tensors: Iterable[Item],
     max_shard_bytes: int = SHARD_BYTES,
     config: Mapping[str, Any] | None = None,
+    workers: int | None = None,
 ) -> Path:
     """Write `tensors` to the new folder `target`, beside copies of the tokenizer and configuration of `source_folder`.
 
-    `config` replaces entries of config.json. Raises ResafeError if `target` holds something or the disk is too full;
-    whatever interrupts the iterator leaves no `target`.
+    Parts (as `Pair.edit` gives them) are computed in `workers` threads (default: one per core, at most 4), a few blocks in memory at a time;
+    of (name, tensor) pairs a shard is in memory at a time. `config` replaces entries of config.json. Raises ResafeError if `target` holds
+    something or the disk is too full; whatever interrupts the work leaves no `target`.
     """
     check_free(target)
-    _check_room(target, sum(file.stat().st_size for file in source_folder.glob("*.safetensors")))
+    known = isinstance(tensors, list) and all(isinstance(t, Part) for t in tensors)
+    size = sum(t.nbytes for t in parts(tensors)) if known else sum(f.stat().st_size for f in source_folder.glob("*.safetensors"))
+    _check_room(target, size)
     with new_folder(target) as folder:
         copy_beside(source_folder, folder)
         if config:
             write_json(folder / "config.json", {**read_config(folder / "config.json"), **config})
-        _write_shards(folder, tensors, max_shard_bytes)
+        _keep_freed_memory()
+        apart = known and not any(p.whole for p in parts(tensors))
+        with _one_core_each(apart), ThreadPoolExecutor(workers or min(WORKERS, os.cpu_count() or 1)) as pool:
+            _write_shards(folder, parts(tensors), max_shard_bytes, pool)
     return target
 
 
@@ -65,7 +83,8 @@ def write_adapter(source_folder: Path, target: Path, config: Mapping[str, Any], 
     with new_folder(target) as folder:
         copy_beside(source_folder, folder)
         write_json(folder / "adapter_config.json", dict(config))
-        _save({name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+        with ThreadPoolExecutor(1) as pool:
+            _write_file(folder / "adapter_model.safetensors", list(parts(tensors.items())), pool)
     return target
 
 
@@ -87,57 +106,136 @@ def _check_room(target: Path, size: int) -> None:
         )
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:
-    parts: list[tuple[list[str], int]] = []
+def _write_shards(folder: Path, tensors: Iterator[Part], limit: int, pool: ThreadPoolExecutor) -> None:
+    written: list[tuple[list[str], int]] = []
     for shard in _batches(tensors, limit):
-        parts.append((list(shard), sum(t.nbytes for t in shard.values())))
-        _save(shard, folder / f"part-{len(parts)}")
-        shard.clear()  # or this loop would keep it while the next one fills
-    if not parts:
+        written.append(([p.name for p in shard], sum(p.nbytes for p in shard)))
+        _write_file(folder / f"part-{len(written)}", shard, pool)
+        shard.clear()  # or this loop would keep its tensors while the next one fills
+    if not written:
         raise ResafeError(f"there are no tensors to write to {folder.name}.")
-    if len(parts) == 1:
+    if len(written) == 1:
         (folder / "part-1").rename(folder / "model.safetensors")
         return
     places: dict[str, str] = {}
-    for i, (names, _) in enumerate(parts, 1):
-        file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
+    for i, (names, _) in enumerate(written, 1):
+        file = f"model-{i:05d}-of-{len(written):05d}.safetensors"
         (folder / f"part-{i}").rename(folder / file)
         places.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": sum(size for _, size in parts)}, "weight_map": dict(sorted(places.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    index = {"metadata": {"total_size": sum(size for _, size in written)}, "weight_map": dict(sorted(places.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
-def _batches(tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Consecutive tensors, up to `limit` bytes at a time (a larger tensor comes alone)."""
+def _batches(tensors: Iterator[Part], limit: int) -> Iterator[list[Part]]:
+    """Consecutive parts, up to `limit` bytes at a time (a larger one comes alone)."""
     seen: set[str] = set()
-    batch: dict[str, Tensor] = {}
+    batch: list[Part] = []
     size = 0
-    for name, tensor in tensors:
-        if name in seen:
-            raise ValueError(f"tensor {name} was produced twice")
-        seen.add(name)
-        if batch and size + tensor.nbytes > limit:
+    for part in tensors:
+        if part.name in seen:
+            raise ValueError(f"tensor {part.name} was produced twice")
+        seen.add(part.name)
+        if batch and size + part.nbytes > limit:
             yield batch
-            batch, size = {}, 0
-        batch[name] = _own(tensor, batch)
-        size += tensor.nbytes
+            batch, size = [], 0
+        batch.append(part)
+        size += part.nbytes
     if batch:
         yield batch
 
 
-def _own(tensor: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-    """`tensor` as safetensors wants it: contiguous, on the CPU, sharing memory with no other of its file."""
-    tensor = tensor.detach().cpu().contiguous()
-    shared = tensor.numel() and any(tensor.data_ptr() == t.data_ptr() for t in others.values())
-    return tensor.clone() if shared else tensor
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+def _write_file(file: Path, shard: list[Part], pool: ThreadPoolExecutor) -> None:
+    """One safetensors file. Blocks are computed and written by `pool`, a few at a time; whole parts here."""
+    order = list(DTYPES)
+    shard = sorted(shard, key=lambda p: (-order.index(p.dtype), p.name))  # as safetensors does, so that every tensor is aligned
+    head = _header(shard)
+    running: deque[Future[None]] = deque()
+    fd = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise ResafeError(f"cannot write {file.parent}: {str(error).splitlines()[0]}. Is the disk full?") from None
-    file.chmod(0o644)
+        with _writing(file):
+            _put(fd, memoryview(head), 0)
+        at = flushed = len(head)
+        for part in shard:
+            row = part.nbytes // max(1, height(part.shape))
+            for first, last in part.blocks():
+                if part.whole:
+                    _fill(fd, at, part, first, last, file)
+                    continue
+                if len(running) > 2 * WORKERS:
+                    running.popleft().result()
+                running.append(pool.submit(_fill, fd, at + first * row, part, first, last, file))
+            at += part.nbytes
+            if at - flushed >= FLUSH:
+                flushed = at
+                running.append(pool.submit(_flush, fd, file))
+        while running:
+            running.popleft().result()
+    finally:
+        for job in running:
+            job.cancel()
+        wait(running)  # none of them may write to a descriptor that has been closed, and perhaps given to another file
+        os.close(fd)
+
+
+def _fill(fd: int, at: int, part: Part, first: int, last: int, file: Path) -> None:
+    value = part.compute(first, last).detach().cpu().contiguous()
+    wanted = (last - first, *part.shape[1:]) if part.shape else ()
+    if tuple(value.shape) != wanted or str(value.dtype) != f"torch.{DTYPES[part.dtype]}":
+        raise ValueError(f"{part.name} was announced as {part.dtype} {list(wanted)} and came as {value.dtype} {list(value.shape)}")
+    if value.numel():
+        with _writing(file):
+            _put(fd, as_bytes(value), at)
+
+
+def _flush(fd: int, file: Path) -> None:
+    with _writing(file):
+        os.fdatasync(fd)
+
+
+def _put(fd: int, data: memoryview, at: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, at)
+        data, at = data[done:], at + done
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResafeError(f"cannot write {file.parent}: {error.strerror}. Is the disk full?") from None
+
+
+@contextmanager
+def _one_core_each(apart: bool) -> Iterator[None]:
+    """Let torch use one core per thread where all the work is blocks: they are too small to be cut up further."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if apart else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep memory that is freed, up to 64 MB, instead of giving it back to the system at every block.
+
+    glibc raises its limits to the largest piece that was ever freed. Without it, half of the time goes to page faults.
+    """
+    import torch
+
+    torch.empty(30 << 20, dtype=torch.uint8)
+
+
+def _header(shard: list[Part]) -> bytes:
+    """The safetensors header: its length, then JSON padded to a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for part in shard:
+        entries[part.name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [at, at + part.nbytes]}
+        at += part.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,4 +1,4 @@
-"""Tiny random models on disk, for tests of weights: five architectures, their fine-tuned twins and adapters."""
+"""Tiny random models on disk, for tests of weights: five architectures, three with experts, their fine-tuned twins and adapters."""
 
 from __future__ import annotations
 
@@ -28,20 +28,28 @@ SIZES: dict[str, Any] = {
     "head_dim": 4,
 }
 GPT2: dict[str, Any] = {"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8},
+}
 TARGETS = {"gpt2": ["c_attn", "attn.c_proj"]}
 IDS = torch.tensor([[1, 5, 9, 30, 2, 7]])
 
 
-def build(kind: str, folder: Path, seed: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """Save a random model; every parameter is noise, so that no bias or norm is left at a value that hides a mistake."""
+def build(kind: str, folder: Path, seed: int, dtype: torch.dtype = torch.float32, stacked: bool = False, **changes: Any) -> Path:
+    """Save a random model; every parameter is noise, so that no bias or norm is left at a value that hides a mistake.
+
+    `stacked` saves experts as transformers holds them in memory, three-dimensional, not as the architecture's files usually have them.
+    """
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    sizes = {**(GPT2 if kind == "gpt2" else SIZES), "tie_word_embeddings": kind in ("gpt2", "gemma", "qwen2")}
+    sizes = {**(GPT2 if kind == "gpt2" else SIZES), **EXPERTS.get(kind, {}), "tie_word_embeddings": kind in ("gpt2", "gemma", "qwen2")}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **special, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, save_original_format=not stacked)
     return folder
 
 

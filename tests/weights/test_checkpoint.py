@@ -121,6 +121,6 @@ def test_rules_compute_in_float32_and_the_result_has_the_tuned_dtype(llama: Path
         seen.update((ours.dtype, theirs.dtype))
         return theirs
 
-    result = dict(Pair(Checkpoint(llama), Checkpoint(aligned)).edit(rule))
+    result = {p.name: p.value() for p in Pair(Checkpoint(llama), Checkpoint(aligned)).edit(rule)}
     assert seen == {torch.float32}
     assert all(result[n].equal(t.bfloat16()) for n, t in tensors(aligned).items())

@@ -13,6 +13,7 @@ from resafe.cli import cli
 from resafe.errors import ResafeError
 from resafe.weights import merge_into
 from resafe.weights.diff import diff, stable_rank
+from resafe.weights.subspace import frobenius
 from tests.weights.models import KINDS, adapt, build, tensors
 
 
@@ -39,6 +40,12 @@ def test_an_adapter_moves_what_its_merge_moves(kind: str, tmp_path: Path) -> Non
     full = {c.name: c for c in diff(aligned, merge_into(aligned, tuned, tmp_path / "merged"))}
     assert {n for n, c in full.items() if c.norm > 1e-6} == set(thin)
     assert all(thin[n].norm == pytest.approx(full[n].norm, rel=1e-4) and thin[n].layer is not None for n in thin)
+
+
+def test_the_norm_of_a_large_matrix_is_exact_in_single_precision() -> None:
+    x = torch.randn(2048, 1500, generator=torch.Generator().manual_seed(0))
+    for value in (x, x.T, x[0], x[0, 0]):
+        assert frobenius(value) == pytest.approx(float(value.double().square().sum().sqrt()), rel=1e-7)
 
 
 def test_the_rank_of_a_low_rank_change() -> None:
