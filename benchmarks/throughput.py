@@ -9,7 +9,7 @@ three ways one after the other, the order turning from round to round; a ratio i
 95 % bootstrap interval. "single" answers every third (lab: eighth, 7b: 32nd) prompt of that order only, since it is slow.
 
 The lab model ends its answers itself. Random weights never do, so each prompt has a length at which its answer ends, the same in all three
-ways: drawn once from a log-normal distribution (median 20 tokens, sigma 1, at most 96), as refusals are short and compliant answers are long.
+ways: drawn once from a log-normal distribution (median 60 tokens, sigma 0.8, at most 256), as refusals are short and compliant answers reach the suites' limit.
 Their prompts are random tokens, as many as the prompts of the shipped suites have at four characters each, and 20 for a chat template.
 """
 
@@ -34,7 +34,7 @@ WAYS = ("engine", "batched", "single")
 SUITES = ("advbench", "xstest_safe", "gsm8k", "ifeval")
 MODELS: dict[str, dict[str, Any]] = {
     "lab": {"rows": 600, "batch": 64, "rounds": 9, "stride": 8},
-    "100m": {"rows": 48, "batch": 16, "rounds": 4, "stride": 3, "shape": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10}},
+    "100m": {"rows": 64, "batch": 32, "rounds": 3, "stride": 8, "shape": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10}},
     "7b": {"rows": 1024, "batch": 128, "rounds": 5, "stride": 32, "shape": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}},
 }  # fmt: skip
 TITLES = {"lab": "lab, 0.8M, CPU", "100m": "Llama, 101M, random, CPU", "7b": "Llama, 7B shape, random, GPU"}
@@ -138,7 +138,7 @@ def _random(name: str, rows: int) -> tuple[Any, int, list[int], list[Any]]:
 
     rng = np.random.default_rng(0)
     texts = [c.messages[-1]["content"] for s in SUITES for c in load_suite(s, rows // len(SUITES)).cases]
-    limits = np.clip(np.exp(rng.normal(np.log(20), 1.0, len(texts))), 1, 96).astype(int).tolist()
+    limits = np.clip(np.exp(rng.normal(np.log(60), 0.8, len(texts))), 1, 256).astype(int).tolist()
     jobs = [Job(rng.integers(3, 32000, 20 + len(t) // 4).tolist(), n) for t, n in zip(texts, limits)]
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32000, pad_token_id=0, bos_token_id=1, eos_token_id=None, **MODELS[name]["shape"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from resafe.backends import Backend, Request, open_backend
+from resafe.backends import Backend, Request, check_spec, open_backend
 from resafe.errors import ResafeError, suggest
 from resafe.files import digest
 from resafe.generate import Answer
@@ -162,6 +162,7 @@ def _spec(target: str | Path | TargetSpec | Target | Backend) -> TargetSpec:
 
 def _served(target: str) -> TargetSpec:
     kind, _, rest = target.partition(":")
+    check_spec(target)
     folder = Path(rest) if kind == "vllm" else None
     name = folder.absolute().name if folder else rest.partition("@")[0]
     return TargetSpec(name, folder=folder, served=target, labelled=False)

@@ -4,6 +4,6 @@ All take `Request`s and give `Answer`s as they finish, so that whoever asks can 
 """
 
 from resafe.backends._base import GREEDY, Backend, Request, Sampling
-from resafe.backends._load import open_backend
+from resafe.backends._load import check_spec, open_backend
 
-__all__ = ["GREEDY", "Backend", "Request", "Sampling", "open_backend"]
+__all__ = ["GREEDY", "Backend", "Request", "Sampling", "check_spec", "open_backend"]

@@ -51,6 +51,15 @@ def open_backend(
     raise ResafeError(f"no such model folder: {spec}")
 
 
+def check_spec(spec: str) -> None:
+    """Raise ResafeError for a spec of a served model that cannot be one, before anything else is asked."""
+    from resafe.backends._wire import host_of
+
+    kind, _, rest = spec.partition(":")
+    if kind in ("chat", "batch"):
+        host_of(_parts(kind, rest)[1])
+
+
 def _parts(kind: str, rest: str) -> tuple[str, str]:
     """MODEL and URL."""
     if not (found := _SERVED.fullmatch(rest)):

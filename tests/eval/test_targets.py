@@ -225,3 +225,11 @@ def test_what_nobody_said_anything_of_is_called_by_its_name(
     assert [x.label for x in lines(evaluate([scripted("mine")], [make_suite()]))] == ["mine"]
     said = evaluate([scripted("mine")], [make_suite()], labels={"mine": {"attack": "none"}})
     assert [x.label for x in lines(said)] == ["before fine-tuning"]
+
+
+@pytest.mark.parametrize("spec", ["chat:m@nowhere", "batch:m", "chat:m@http://alice:S3CRET@host/v1", "chat:m@http://host/v1?key=K3Y"])
+def test_a_served_model_that_cannot_be_one_is_refused_before_others_answer(spec: str, scripted: Any, make_suite: Callable[..., Path]) -> None:
+    first = scripted("t")
+    with pytest.raises(ResafeError) as error:
+        evaluate([first, spec], [make_suite()])
+    assert first.asked == [] and "S3CRET" not in str(error.value) and "K3Y" not in str(error.value)
