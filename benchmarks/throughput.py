@@ -1,6 +1,6 @@
 """How fast the local back-end's engine writes: against batched `generate`, and against one prompt at a time, interleaved in one run.
 
-    python benchmarks/throughput.py                     # lab model and a 100M-parameter random Llama on one CPU thread
+    python benchmarks/throughput.py                     # lab model and a 100M-parameter random Llama on one CPU thread, and on two
     python benchmarks/throughput.py --models 7b         # on a GPU: a 7B-shaped Llama with random weights, bfloat16
     python benchmarks/throughput.py --readme            # table -> README.md
 
@@ -35,15 +35,17 @@ SUITES = ("advbench", "xstest_safe", "gsm8k", "ifeval")
 MODELS: dict[str, dict[str, Any]] = {
     "lab": {"rows": 600, "batch": 64, "rounds": 9, "stride": 8},
     "100m": {"rows": 64, "batch": 32, "rounds": 3, "stride": 8, "shape": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10}},
+    "100m-2": {"rows": 64, "batch": 32, "rounds": 3, "stride": 8, "threads": 2},  # needs two idle cores
     "7b": {"rows": 1024, "batch": 128, "rounds": 5, "stride": 32, "shape": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}},
 }  # fmt: skip
-TITLES = {"lab": "lab, 0.8M, CPU", "100m": "Llama, 101M, random, CPU", "7b": "Llama, 7B shape, random, GPU"}
+MODELS["100m-2"]["shape"] = MODELS["100m"]["shape"]
+TITLES = {"lab": "lab, 0.8M, CPU", "100m": "Llama, 101M, random, CPU", "100m-2": "the same, two threads", "7b": "Llama, 7B shape, random, GPU"}
 
 
 def main() -> None:
     """Measure and write the committed JSON, or (with --once) run one way and print its peak memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["lab", "100m"])
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["lab", "100m", "100m-2"])
     parser.add_argument("--rounds", type=int, help="default by model")
     parser.add_argument("--readme", action="store_true")
     parser.add_argument("--once", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
@@ -71,7 +73,7 @@ class Work:
     def __init__(self, name: str) -> None:
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(MODELS[name].get("threads", 1))
         self.batch, self.stride = MODELS[name]["batch"], MODELS[name]["stride"]
         make = _random if "shape" in MODELS[name] else _lab
         self.model, self.pad, self.stops, jobs = make(name, MODELS[name]["rows"])
@@ -207,7 +209,7 @@ def peak_mb() -> float:
 def _machine() -> str:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU, one thread"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU, {torch.get_num_threads()} thread(s)"
 
 
 def _versions() -> dict[str, str]:

@@ -209,7 +209,12 @@ def test_exit_codes_and_signals_pass_through(tmp_path: Path) -> None:
 
 
 def started(words: list[Any], ready: Callable[[], bool], **options: Any) -> subprocess.Popen[str]:
-    process = subprocess.Popen([*RUN, "--", *map(str, words)], env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+    def heard() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and pass that on
+
+    process = subprocess.Popen(
+        [*RUN, "--", *map(str, words)], env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heard, **options
+    )  # fmt: skip
     for _ in range(600):
         if ready():
             return process
