@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resafe.backends import Backend, Request
-from resafe.errors import ResafeError
+from resafe.errors import ResafeError, first_line
 from resafe.eval import keeping
 from resafe.eval.keeping import KeepingGuard
 from resafe.eval.suite import Blocked, Case, LoadedSuite
@@ -148,10 +148,6 @@ def under(name: str, log: Say) -> Say:
     """Lines about one target."""
     return lambda line: log(f"{name}: {line}")
 
-
-def first_line(error: Exception) -> str:
-    """An error's text, without the rest of it."""
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _counted(reasons: Mapping[str, int]) -> str:

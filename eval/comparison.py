@@ -1,6 +1,6 @@
 """Two systems on the same prompts: the difference, its interval and an exact test, corrected for multiplicity.
 
-One target against another: Newcombe's paired interval and McNemar's exact test; ratings and shares by the paired bootstrap
+One target against another: Newcombe's paired interval and McNemar's exact test; ratings and shares by `stats.paired_mean_difference`
 and Wilcoxon's signed-rank test. Missing verdicts bound the difference (`bound_low`, `bound_high`); where these bounds lie
 on both sides of zero no winner may be named (`decided` is False). Groups of training seeds (`compare_groups`): prompts and
 seeds are crossed clusters of the changes (stats.clustered_interval); the test is the exact sign test over prompts of the

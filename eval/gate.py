@@ -140,7 +140,7 @@ def prompts_needed(before: Sequence[bool], after: Sequence[bool], rule: Rule) ->
     if (limit := rule.limit) is None:
         return None
     if rule.floor:
-        return _smallest(_floor_clear(sum(after) / len(after), rule, limit))
+        return stats.smallest(_floor_clear(sum(after) / len(after), rule, limit), MOST)
     table = stats.crosstab(before, after)
     a, b, c, d = (x / len(after) for x in (reversed(table) if rule.higher_is_better else table))  # of what is worse
     spread = math.sqrt(max(0.0, b + c - (c - b) ** 2))
@@ -151,7 +151,7 @@ def prompts_needed(before: Sequence[bool], after: Sequence[bool], rule: Rule) ->
             return stats.newcombe(at_n, rule.strict).low - slack > 0
         return stats.newcombe(at_n, rule.level).high + slack < limit
 
-    return _smallest(clear)
+    return stats.smallest(clear, MOST)
 
 
 def _floor_clear(p: float, rule: Rule, limit: float) -> Callable[[int], bool]:
@@ -162,16 +162,3 @@ def _floor_clear(p: float, rule: Rule, limit: float) -> Callable[[int], bool]:
         return stats.wilson(p * n, n, rule.level)[0] - slack >= limit
 
     return clear
-
-
-def _smallest(enough: Callable[[int], bool]) -> int | None:
-    """The smallest n with enough(n), which is monotone; None above MOST."""
-    low, high = 0, 8
-    while not enough(high):
-        low, high = high, 2 * high
-        if low >= MOST:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high

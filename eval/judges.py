@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import urlsplit
 
-from resafe.errors import ResafeError
+from resafe.errors import ResafeError, first_line
 from resafe.eval import checks, coherence
 from resafe.eval.keeping import KeepingGuard, kept_under
 from resafe.eval.suite import Case, Suite
@@ -241,7 +241,7 @@ def third_party(name: str) -> Judge | None:
     try:
         judge: Judge = found[0].load()()
     except Exception as error:  # whatever a third party's code raises
-        raise ResafeError(f"the judge '{name}' ({found[0].value}) cannot be made: {type(error).__name__}: {_first_line(error)}") from error
+        raise ResafeError(f"the judge '{name}' ({found[0].value}) cannot be made: {type(error).__name__}: {first_line(error)}") from error
     missing = [a for a in ("name", "identity", "scale") if not hasattr(judge, a)]
     if missing or not callable(judge):
         raise ResafeError(f"the judge '{name}' ({found[0].value}) is no Judge: it lacks {', '.join(missing) or '__call__'}.")
@@ -260,7 +260,7 @@ def verdicts(judge: Judge, suite: Suite, cases: Sequence[Case], answers: Sequenc
     except ResafeError:
         raise
     except Exception as error:  # whatever a judge raises is no verdict; the reason is kept
-        found = [Verdict(unscored=f"{type(error).__name__}: {_first_line(error)}")] * len(there)
+        found = [Verdict(unscored=f"{type(error).__name__}: {first_line(error)}")] * len(there)
     if len(found) != len(there):
         raise ResafeError(f"judge {judge.name} gave {len(found)} verdicts on {len(there)} answers of {suite.name}.")
     out = [Verdict(unscored=a.error) for a in answers]
@@ -277,9 +277,6 @@ def _checked(v: Any, scale: Scale | None) -> Verdict:
         return Verdict(unscored="out_of_range")
     return Verdict(unscored="out_of_range") if v.score is not None and not valid_score(v.score) else v
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def panel(suite: Suite, judges: Sequence[str] | None = None) -> list[str]:

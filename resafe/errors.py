@@ -17,3 +17,8 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     known = sorted(choices)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known) or 'none'}."
+
+
+def first_line(error: Exception) -> str:
+    """An error's text without its further lines; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resafe import chat
-from resafe.errors import ResafeError
+from resafe.errors import ResafeError, first_line
 from resafe.quiet import quieten
 
 # Settings of a LoRA that say where it sits and how large it is; whatever else is set may change the base or the forward pass.
@@ -90,7 +90,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return chat.prepare(AutoTokenizer.from_pretrained(home, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
-        raise ResafeError(f"the tokenizer in {home} cannot be loaded: {_first_line(error)}") from None
+        raise ResafeError(f"the tokenizer in {home} cannot be loaded: {first_line(error)}") from None
 
 
 def load(folder: str | Path, dtype: str = "auto", quantise: bool = False, merge: bool = True) -> Loaded:
@@ -164,7 +164,7 @@ def load_weights(home: Path, dtype: str = "auto", quantise: bool = False) -> Any
         found: Any = AutoModelForCausalLM.from_pretrained(home, output_loading_info=True, **options)
         model, info = found
     except Exception as error:  # loaders raise a dozen types; all mean that this folder cannot be used
-        raise ResafeError(f"the model in {home} cannot be loaded: {_first_line(error)}") from None
+        raise ResafeError(f"the model in {home} cannot be loaded: {first_line(error)}") from None
     if missing := sorted(info["missing_keys"]):
         raise ResafeError(f"{home} lacks {len(missing)} weights of its architecture, such as {missing[0]}.")
     return model.eval()
@@ -194,8 +194,5 @@ def _put_on(model: Any, adapter: Path, merge: bool) -> Any:
         found: Any = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
         return found.merge_and_unload() if merge else found
     except Exception as error:
-        raise ResafeError(f"the adapter in {adapter} does not fit its base: {_first_line(error)}") from None
+        raise ResafeError(f"the adapter in {adapter} does not fit its base: {first_line(error)}") from None
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

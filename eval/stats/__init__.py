@@ -20,7 +20,7 @@ from resafe.eval.stats.paired import (
     paired_difference,
     within_margin,
 )
-from resafe.eval.stats.power import power_mcnemar, power_non_inferior, prompts_needed, sample_size_for_margin
+from resafe.eval.stats.power import power_mcnemar, power_non_inferior, prompts_needed, sample_size_for_margin, smallest
 from resafe.eval.stats.rates import wilson
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "power_non_inferior",
     "prompts_needed",
     "sample_size_for_margin",
+    "smallest",
     "wilcoxon_signed_rank",
     "wilson",
     "within_margin",

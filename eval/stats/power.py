@@ -32,7 +32,7 @@ def power_mcnemar(n: int, p10: float, p01: float, alpha: float = 0.05) -> float:
 
 def prompts_needed(p10: float, p01: float, power: float = 0.8, alpha: float = 0.05, most: int = MOST) -> int | None:
     """The number of prompts from which `power_mcnemar` reaches `power`; None when it is above `most`."""
-    return _smallest(lambda n: power_mcnemar(n, p10, p01, alpha) >= power, most)
+    return smallest(lambda n: power_mcnemar(n, p10, p01, alpha) >= power, most)
 
 
 def power_non_inferior(n: int, rate: float, margin: float, discordance: float, level: float = 0.95) -> float:
@@ -66,7 +66,7 @@ def sample_size_for_margin(
 ) -> int | None:
     """The number of prompts from which `power_non_inferior` reaches `power`; None when it is above `most`."""
     _check_rates(rate, margin, discordance)
-    return _smallest(lambda n: power_non_inferior(n, rate, margin, discordance, level) >= power, most)
+    return smallest(lambda n: power_non_inferior(n, rate, margin, discordance, level) >= power, most)
 
 
 def _check_rates(rate: float, margin: float, discordance: float) -> None:
@@ -85,8 +85,11 @@ def _likely(n: int, p: float) -> Array:
     return np.arange(max(0, int(low)), int(high) + 1)
 
 
-def _smallest(enough: Callable[[int], bool], most: int) -> int | None:
-    """By doubling, then halving. Counts are discrete, so that power dips a little here and there."""
+def smallest(enough: Callable[[int], bool], most: int) -> int | None:
+    """The smallest n up to `most` with enough(n), by doubling and halving; None where there is none.
+
+    Counts are discrete, so that power dips a little here and there: a smaller n may do by chance.
+    """
     low, high = 0, 8
     while not enough(high):
         low, high = high, 2 * high
