@@ -149,7 +149,6 @@ def under(name: str, log: Say) -> Say:
     return lambda line: log(f"{name}: {line}")
 
 
-
 def _counted(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{n} ({reason})" for reason, n in reasons.items())
 

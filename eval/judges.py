@@ -278,7 +278,6 @@ def _checked(v: Any, scale: Scale | None) -> Verdict:
     return Verdict(unscored="out_of_range") if v.score is not None and not valid_score(v.score) else v
 
 
-
 def panel(suite: Suite, judges: Sequence[str] | None = None) -> list[str]:
     """Names of the judges of a suite: coherence always; a utility suite's check; else `rules` beside at least one more.
 

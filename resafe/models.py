@@ -195,4 +195,3 @@ def _put_on(model: Any, adapter: Path, merge: bool) -> Any:
         return found.merge_and_unload() if merge else found
     except Exception as error:
         raise ResafeError(f"the adapter in {adapter} does not fit its base: {first_line(error)}") from None
-
