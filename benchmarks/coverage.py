@@ -19,17 +19,19 @@ from typing import Any
 
 import numpy as np
 from scipy import special, stats
+from statsmodels.stats.proportion import proportion_confint
 
 from resafe.eval.stats import (
     cluster_bootstrap,
     clustered_interval,
     mean_interval,
-    newcombe_limits,
     paired_mean_difference,
+    tango_limits,
     wilson,
 )
 
 RESULT = Path(__file__).resolve().parent / "results" / "coverage.json"
+Z = 1.959963984540054  # of 95 %
 SIZES = (50, 100, 200, 330, 520)
 RATES = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
 PAIRS = (  # rate before, share of prompts lost (yes before only), share gained
@@ -103,8 +105,8 @@ def exact_wilson(trials: int = 0, sizes: Iterable[int] = SIZES) -> Iterator[Poin
             yield {"n": n, "rate": p, "expected": n * p, "coverage": float(covered)}
 
 
-def exact_newcombe(trials: int = 0, sizes: Iterable[int] = SIZES) -> Iterator[Point]:
-    """Summed over the multinomial of the paired table, less tails of 1e-6."""
+def exact_paired(limits: Callable[..., tuple[Any, Any]], sizes: Iterable[int] = SIZES) -> Iterator[Point]:
+    """`limits` of (a, b, c, d), summed over the multinomial of the paired table, less tails of 1e-6."""
     for n in sizes:
         for rate, lost, gained in PAIRS:
             covered, truth = 0.0, gained - lost
@@ -112,11 +114,27 @@ def exact_newcombe(trials: int = 0, sizes: Iterable[int] = SIZES) -> Iterator[Po
             for m, weight in zip(discordant.tolist(), stats.binom.pmf(discordant, n, lost + gained)):
                 share, agreed = lost / (lost + gained), (rate - lost) / (1 - lost - gained)
                 b, a = _likely(m, share)[:, None], _likely(n - m, agreed)
-                low, high = newcombe_limits(a, b, m - b, n - m - a)
+                low, high = limits(*np.broadcast_arrays(a, b, m - b, n - m - a))
                 chance = stats.binom.pmf(b, m, share) * stats.binom.pmf(a, n - m, agreed)
                 covered += float(weight * chance[(low <= truth) & (truth <= high)].sum())
             point = {"n": n, "rate": rate, "lost": lost, "gained": gained, "expected": n * (lost + gained)}
             yield {**point, "coverage": covered}
+
+
+def tango(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any]:
+    return tango_limits(b, c, a + b + c + d, Z)
+
+
+def newcombe(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any]:
+    """R. G. Newcombe (1998), Statistics in Medicine 17:2635-2650, method 10: Wilson limits squared and added."""
+    n = a + b + c + d
+    p1, p2, margins, cross = (a + b) / n, (a + c) / n, (a + b) * (c + d) * (a + c) * (b + d), a * d - b * c
+    cross = np.where(cross > 0, np.maximum(0.0, cross - n / 2), cross)
+    phi = np.where(margins > 0, cross / np.sqrt(np.where(margins > 0, margins, 1.0)), 0.0)
+    (l1, u1), (l2, u2) = (proportion_confint(p * n, n, 0.05, "wilson") for p in (p1, p2))
+    below = np.sqrt((p2 - l2) ** 2 - 2 * phi * (p2 - l2) * (u1 - p1) + (u1 - p1) ** 2)
+    above = np.sqrt((u2 - p2) ** 2 - 2 * phi * (u2 - p2) * (p1 - l1) + (p1 - l1) ** 2)
+    return (c - b) / n - below, (c - b) / n + above
 
 
 def _likely(n: int, p: float) -> Any:
@@ -281,7 +299,7 @@ def clustered_changes(before: Any, after: Any, prompts: list[str], seeds: list[s
 
 METHODS: dict[str, Callable[[int], Iterator[Point]]] = {
     "wilson": exact_wilson,
-    "newcombe": exact_newcombe,
+    "tango": lambda trials: exact_paired(tango),
     "mean_interval": simulated_mean,
     "mean_interval, two values": exact_two_values,
     "paired_mean_difference": simulated_difference,
@@ -290,6 +308,7 @@ METHODS: dict[str, Callable[[int], Iterator[Point]]] = {
     "clustered_interval, changes over seeds": lambda trials: simulated_seed_changes(clustered_changes, trials // 2),
     "pool": lambda trials: simulated_seeds(pooled, trials // 10),
     "difference": lambda trials: simulated_seed_changes(compared, trials // 10),
+    "alternative: newcombe": lambda trials: exact_paired(newcombe),
     "alternative: percentile bootstrap of a mean": lambda trials: simulated_mean(trials // 4, (50, 100), "percentile"),
     "alternative: BCa bootstrap of a mean": lambda trials: simulated_mean(trials // 4, (50, 100), "BCa"),
     "alternative: percentile bootstrap of a difference": lambda trials: simulated_difference(

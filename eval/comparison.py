@@ -1,6 +1,6 @@
 """Two systems on the same prompts: the difference, its interval and an exact test, corrected for multiplicity.
 
-One target against another: Newcombe's paired interval and McNemar's exact test; ratings and shares by `stats.paired_mean_difference`
+One target against another: Tango's score interval and McNemar's exact test; ratings and shares by `stats.paired_mean_difference`
 and Wilcoxon's signed-rank test. Missing verdicts bound the difference (`bound_low`, `bound_high`); where these bounds lie
 on both sides of zero no winner may be named (`decided` is False). Groups of training seeds (`compare_groups`): prompts and
 seeds are crossed clusters of the changes (stats.clustered_interval); the test is the exact sign test over prompts of the
@@ -156,12 +156,12 @@ def difference(votes: Sequence[Pair], level: float = 0.95, scale: Scale = RATE) 
 
 
 def _binary(votes: Sequence[Pair], level: float) -> tuple[stats.Difference, float]:
-    """Newcombe's interval of the table averaged over seeds; exact test over prompts of their change summed over seeds."""
+    """Tango's interval of the table averaged over seeds; exact test over prompts of their change summed over seeds."""
     table = stats.crosstab([bool(a) for *_, a, _ in votes], [bool(b) for *_, b in votes])
     share = len({p for p, *_ in votes}) / len(votes)
     net = _by_prompt(votes)
     p = stats.mcnemar_exact(sum(sum(x) < 0 for x in net), sum(sum(x) > 0 for x in net))
-    return stats.newcombe(stats.Table(*(share * x for x in table)), level), p
+    return stats.tango(stats.Table(*(share * x for x in table)), level), p
 
 
 def _graded(votes: Sequence[Pair], level: float, scale: Scale) -> tuple[stats.Difference, float]:

@@ -195,9 +195,7 @@ def _no_utility(points: Sequence[Point], tuned: Point, parameter: str, margin: f
             f"no {parameter} of {method} keeps utility within {100 * margin:g} points of the fine-tuned {rate(tuned, 'utility')}: {said}. "
             "Allow a larger --margin, try smaller --doses, or take another method."
         )
-    share = (tuned.value("utility") + nearest.value("utility")) / 2
-    differing = min((change["lost"] + change["gained"]) / change["n"], 2 * share, 2 * (1 - share))
-    needed = stats.sample_size_for_margin(share, margin, discordance=differing)
+    needed = stats.sample_size_for_margin(margin, discordance=(change["lost"] + change["gained"]) / change["n"])
     rows = f"about {needed}" if needed else "far more"
     return (
         f"no {parameter} of {method} is shown to keep utility within {100 * margin:g} points of the fine-tuned {rate(tuned, 'utility')}: {said}. "

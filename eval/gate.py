@@ -1,7 +1,7 @@
 """Kept, degraded or unclear: what one judge's verdicts on the same prompts, before and after, allow to be said.
 
 Decided by the paired interval (stats.non_inferior), never by "p > 0.05". Verdicts that are missing are filled in both ways;
-a decision that would change is none. Prompts needed: from which Newcombe's interval of the table that was seen, scaled up and
+a decision that would change is none. Prompts needed: from which Tango's interval of the table that was seen, scaled up and
 widened by the normal quantile of the power times the standard error, is clear of the limit (or of no change).
 """
 
@@ -148,8 +148,8 @@ def prompts_needed(before: Sequence[bool], after: Sequence[bool], rule: Rule) ->
     def clear(n: int) -> bool:
         at_n, slack = stats.Table(n * a, n * b, n * c, n * d), Z_POWER * spread / math.sqrt(n)
         if c - b > limit:
-            return stats.newcombe(at_n, rule.strict).low - slack > 0
-        return stats.newcombe(at_n, rule.level).high + slack < limit
+            return stats.tango(at_n, rule.strict).low - slack > 0
+        return stats.tango(at_n, rule.level).high + slack < limit
 
     return stats.smallest(clear, MOST)
 

@@ -26,6 +26,7 @@ from resafe.eval.stats._common import (
     score_limits,
     unit_column,
 )
+from resafe.eval.stats.paired import tango_limits
 
 DIGITS = 9  # differences of means of shares that are equal but for rounding must tie
 
@@ -50,11 +51,21 @@ def yes_or_no_worth(x: Array) -> float:
 def paired_mean_difference(
     before: Sequence[float], after: Sequence[float], lo: float, hi: float, level: float = 0.95
 ) -> Difference:
-    """Mean after - mean before of values within [lo, hi] on the same prompts: `mean_interval` of the differences."""
+    """Mean after - mean before of values within [lo, hi] on the same prompts, in their units.
+
+    Tango's interval (`paired.tango`) for the number of yes-or-no pairs that would tell as much as the n changes d, in units
+    of the scale: n_eff = n (|d| - D^2) / (d^2 - D^2), all means after a change by the whole scale either way has been added;
+    of them the mean fall is lost and the mean rise gained. For columns of the two ends alone it is `paired.tango`.
+
+    Raises ResafeError for columns of unequal length, without values, and for values outside the scale.
+    """
     check_paired(before, after)
-    changes, width = unit_column(after, lo, hi) - unit_column(before, lo, hi), hi - lo
-    low, high = mean_interval(changes.tolist(), -1.0, 1.0, level)
-    return Difference(width * float(changes.mean()), width * low, width * high)
+    changes, n = unit_column(after, lo, hi) - unit_column(before, lo, hi), len(before) + 2
+    mean, size, square = changes.sum() / n, (np.abs(changes).sum() + 2) / n, ((changes**2).sum() + 2) / n
+    worth = len(changes) * max(1.0, float((size - mean**2) / (square - mean**2)))
+    fall, rise = np.maximum(-changes, 0.0).mean(), np.maximum(changes, 0.0).mean()
+    low, high = tango_limits(worth * fall, worth * rise, worth, normal_quantile(level))
+    return Difference(*((hi - lo) * float(x) for x in (changes.mean(), low, high)))
 
 
 def wilcoxon_signed_rank(before: Sequence[float], after: Sequence[float]) -> float:

@@ -1,7 +1,9 @@
-"""Two systems on the same prompts, yes or no: exact McNemar, Newcombe's paired interval, non-inferiority.
+"""Two systems on the same prompts, yes or no: exact McNemar, Tango's score interval, non-inferiority.
 
-Interval: R. G. Newcombe (1998), Statistics in Medicine 17:2635-2650, method 10,
-doi 10.1002/(SICI)1097-0258(19981130)17:22<2635::AID-SIM954>3.0.CO;2-C
+Interval: T. Tango (1998), Statistics in Medicine 17:891-908,
+doi 10.1002/(SICI)1097-0258(19980430)17:8<891::AID-SIM780>3.0.CO;2-B
+It inverts McNemar's score test and was chosen by exact sums (benchmarks/coverage.py): where few prompts change it comes nearer to
+what it promises than Newcombe's square-and-add interval (1998, method 10), which is wider than need be.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import numpy as np
 from scipy import stats
 
 from resafe.errors import ResafeError
-from resafe.eval.stats._common import Array, Difference, check_paired, normal_quantile, score_limits
+from resafe.eval.stats._common import Array, Difference, check_paired, normal_quantile
 
 Decision = Literal["kept", "degraded", "unclear"]
+
+HALVINGS = 55  # of an interval of at most 2: to 1e-16
 
 
 class Table(NamedTuple):
@@ -39,41 +43,55 @@ def mcnemar_exact(b: int, c: int) -> float:
     return float(stats.binomtest(b, b + c).pvalue) if b + c else 1.0
 
 
-def newcombe(table: Table, level: float = 0.95) -> Difference:
-    """Difference after - before from a paired 2x2 table: Newcombe's method 10."""
+def tango(table: Table, level: float = 0.95) -> Difference:
+    """Difference after - before from a paired 2x2 table, with Tango's score interval. Raises ResafeError for no pair."""
     if sum(table) == 0:
         raise ResafeError("a paired difference needs at least one pair.")
-    low, high = newcombe_limits(*table, level)
+    low, high = tango_limits(table.before, table.after, sum(table), normal_quantile(level))
     return Difference((table.after - table.before) / sum(table), float(low), float(high))
 
 
-def newcombe_limits(a: Any, b: Any, c: Any, d: Any, level: float = 0.95) -> tuple[Array, Array]:
-    """Limits of many tables at once; the four cells broadcast together, and no table is empty.
+def tango_limits(b: Any, c: Any, n: Any, z: float) -> tuple[Array, Array]:
+    """Limits of c/n - b/n for b losses and c gains among n > 0 pairs [...]: the differences with |`tango_score`| <= z.
 
-    Wilson limits (l, u) of both rates are squared and added, corrected for their correlation phi:
-        low  = D - sqrt((p2-l2)^2 - 2 phi (p2-l2)(u1-p1) + (u1-p1)^2)
-        high = D + sqrt((u2-p2)^2 - 2 phi (u2-p2)(p1-l1) + (p1-l1)^2)
-    with 1 = before, 2 = after, D = p2 - p1.
+    b, c and n broadcast together and need not be whole. The score falls as the difference rises, so that each limit is
+    found by halving what lies between the estimate and the end of the scale.
     """
-    a, b, c, d = (np.asarray(x, dtype=float) for x in (a, b, c, d))
-    n, z = a + b + c + d, normal_quantile(level)
-    p1, p2, phi = (a + b) / n, (a + c) / n, _phi(a, b, c, d)
-    (l1, u1), (l2, u2) = score_limits(p1, n, z), score_limits(p2, n, z)
-    below = np.sqrt(np.maximum(0.0, (p2 - l2) ** 2 - 2 * phi * (p2 - l2) * (u1 - p1) + (u1 - p1) ** 2))
-    above = np.sqrt(np.maximum(0.0, (u2 - p2) ** 2 - 2 * phi * (u2 - p2) * (p1 - l1) + (p1 - l1) ** 2))
-    return np.maximum(-1.0, (c - b) / n - below), np.minimum(1.0, (c - b) / n + above)
+    b, c, n = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (b, c, n)))
+    estimate = (c - b) / n
+    limits = []
+    for end in (-1.0, 1.0):
+        inside, outside = estimate, np.full_like(n, end)
+        for _ in range(HALVINGS):
+            middle = (inside + outside) / 2
+            within = np.abs(c - b - n * middle) <= z * _deviation(b, c, n, middle)
+            inside, outside = np.where(within, middle, inside), np.where(within, outside, middle)
+        limits.append(outside)
+    return limits[0], limits[1]
 
 
-def _phi(a: Array, b: Array, c: Array, d: Array) -> Array:
-    """Correlation of the two verdicts; a positive ad - bc is first reduced by n/2, not below 0 (method 10)."""
-    margins, cross = (a + b) * (c + d) * (a + c) * (b + d), a * d - b * c
-    cross = np.where(cross > 0, np.maximum(0.0, cross - (a + b + c + d) / 2), cross)
-    return np.where(margins > 0, cross / np.sqrt(np.where(margins > 0, margins, 1.0)), 0.0)
+def tango_score(b: Any, c: Any, n: Any, delta: Any) -> Array:
+    """z of the hypothesis that gains less losses are `delta` in (-1, 1), by the likelihood constrained to it (Tango 1998)."""
+    b, c, n, delta = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (b, c, n, delta)))
+    above, below = c - b - n * delta, _deviation(b, c, n, delta)
+    certain = np.where(above == 0, 0.0, np.copysign(np.inf, above))
+    found: Array = np.divide(above, below, out=certain, where=below > 0)
+    return found
+
+
+def _deviation(b: Array, c: Array, n: Array, delta: Array) -> Array:
+    """Standard deviation of c - b under the hypothesis: q, the probability of a loss, is the likeliest one with gains of
+    q + delta: the larger root of 2n q^2 - (b + c - (2n - c + b) delta) q - b delta (1 - delta) = 0.
+    """
+    half = b + c - (2 * n - c + b) * delta
+    q = (np.sqrt(np.maximum(0.0, half * half + 8 * n * b * delta * (1 - delta))) + half) / (4 * n)
+    found: Array = np.sqrt(np.maximum(0.0, n * (2 * q + delta * (1 - delta))))
+    return found
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool], level: float = 0.95) -> Difference:
-    """Rate after - rate before on the same prompts, with Newcombe's paired interval."""
-    return newcombe(crosstab(before, after), level)
+    """Rate after - rate before on the same prompts, with Tango's score interval."""
+    return tango(crosstab(before, after), level)
 
 
 def non_inferior(

@@ -8,11 +8,10 @@ import numpy as np
 from scipy import stats
 
 from resafe.errors import ResafeError
-from resafe.eval.stats._common import Array
-from resafe.eval.stats.paired import newcombe_limits
+from resafe.eval.stats._common import Array, normal_quantile
+from resafe.eval.stats.paired import tango_score
 
 MOST = 20_000  # prompts; beyond, the answer is "not with prompts"
-MANY = 1000  # prompts, from which the agreeing pairs are taken to split as expected: it moves power by less than 1e-3
 TAIL = 1e-6  # what a sum over a binomial's counts may leave out at either end
 
 
@@ -35,29 +34,27 @@ def prompts_needed(p10: float, p01: float, power: float = 0.8, alpha: float = 0.
     return smallest(lambda n: power_mcnemar(n, p10, p01, alpha) >= power, most)
 
 
-def power_non_inferior(n: int, rate: float, margin: float, discordance: float, level: float = 0.95) -> float:
+def power_non_inferior(n: int, margin: float, discordance: float, level: float = 0.95) -> float:
     """Probability that n prompts end in "kept" (`non_inferior`) when nothing has changed.
 
-    `rate` is that of both systems, `discordance` the share of prompts on which they differ, half of them each way (even
-    the same model differs from itself when answers are sampled). By symmetry it is the same for rates that should rise
-    and for rates that should fall. The probabilities of all paired tables are summed, less the outermost tails.
+    `discordance` is the share of prompts on which the two systems differ, half of them each way (even the same model
+    differs from itself when answers are sampled). By symmetry it is the same for rates that should rise and for rates that
+    should fall. The probabilities of all tables are summed, less the outermost tails.
     """
-    _check_rates(rate, margin, discordance)
-    share = (rate - discordance / 2) / (1 - discordance) if discordance < 1 else 0.0  # of yes where both agree
-    share = min(1.0, max(0.0, share))
-    kept = 0.0
-    discordant = _likely(n, discordance)
-    for m, weight in zip(discordant.tolist(), stats.binom.pmf(discordant, n, discordance)):
-        b = _likely(m, 0.5)[:, None]
-        a = _likely(n - m, share) if n < MANY else np.array([(n - m) * share])
-        chance = stats.binom.pmf(b, m, 0.5) * (stats.binom.pmf(a, n - m, share) if n < MANY else 1.0)
-        low, _ = newcombe_limits(a, b, m - b, n - m - a, level)
-        kept += float(weight * (chance * (low > -margin)).sum())
-    return kept
+    _check_plan(margin, discordance)
+    differing = _likely(n, discordance)
+    chances = stats.binom.pmf(differing, n, discordance)
+    return float(sum(w * _kept(n, m, margin, level) for m, w in zip(differing.tolist(), chances)))
+
+
+def _kept(n: int, m: int, margin: float, level: float) -> float:
+    """The same where m of n prompts differ: the interval's lower end is above -margin where the score there is above z."""
+    lost = _likely(m, 0.5)
+    kept = tango_score(lost, m - lost, n, -margin) > normal_quantile(level)
+    return float(stats.binom.pmf(lost, m, 0.5) @ kept)
 
 
 def sample_size_for_margin(
-    rate: float,
     margin: float = 0.02,
     power: float = 0.8,
     discordance: float = 0.05,
@@ -65,18 +62,15 @@ def sample_size_for_margin(
     most: int = MOST,
 ) -> int | None:
     """The number of prompts from which `power_non_inferior` reaches `power`; None when it is above `most`."""
-    _check_rates(rate, margin, discordance)
-    return smallest(lambda n: power_non_inferior(n, rate, margin, discordance, level) >= power, most)
+    _check_plan(margin, discordance)
+    return smallest(lambda n: power_non_inferior(n, margin, discordance, level) >= power, most)
 
 
-def _check_rates(rate: float, margin: float, discordance: float) -> None:
-    if not 0 < margin <= 1:
+def _check_plan(margin: float, discordance: float) -> None:
+    if not 0 < margin < 1:
         raise ResafeError(f"a margin is a share between 0 and 1; found {margin}: write 2 points as 0.02.")
-    if not 0 <= discordance / 2 <= min(rate, 1 - rate) + 1e-12:
-        raise ResafeError(
-            f"two systems with rate {rate:g} can differ on at most {2 * min(rate, 1 - rate):g} of the prompts "
-            f"and not on {discordance:g}."
-        )
+    if not 0 <= discordance <= 1:
+        raise ResafeError(f"two systems differ on a share of the prompts between 0 and 1; found {discordance:g}.")
 
 
 def _likely(n: int, p: float) -> Array:

@@ -13,7 +13,7 @@ from resafe.errors import ResafeError
 from resafe.eval.dose import BEFORE, HELDOUT, LERP, TOKENS, TUNED, WHOLE, Found, Point, add_heldout, decide, match
 from resafe.eval.dose_report import render, table
 from resafe.eval.results import Items, Results
-from resafe.eval.stats import newcombe, sample_size_for_margin, wilson
+from resafe.eval.stats import sample_size_for_margin, tango, wilson
 from resafe.eval.stats.paired import Table
 
 ROWS, PROMPTS = 400, 100
@@ -54,7 +54,7 @@ def test_the_least_harm_among_the_doses_that_keep_utility_is_chosen() -> None:
     assert found.chosen is found.points[1]
     assert [p.kept(0.02) for p in found.points] == ["kept", "kept", "degraded"]
     change = found.points[2].changes["utility"]
-    by_hand = newcombe(Table(both=340, before=40, after=0, neither=20))
+    by_hand = tango(Table(both=340, before=40, after=0, neither=20))
     assert (change["difference"], change["low"], change["high"]) == pytest.approx(by_hand)
     assert found.why.startswith("m with s 0.2: harmful answers 30.0 % [21.9, 39.6] after 80.0 %")
 
@@ -74,7 +74,7 @@ def test_lerp_at_the_same_utility_stands_beside_with_its_paired_difference() -> 
     found = decided(("m", 0.1, 30, 24), (LERP, 0.3, 50, 20), (LERP, 0.6, 40, 22), (LERP, 0.9, 5, 90), margin=0.05)
     assert found.matched is found.lerp[1], "0.9 has less harm, at less utility"
     assert found.difference and found.difference["difference"] == pytest.approx(-0.1)
-    by_hand = newcombe(Table(both=30, before=10, after=0, neither=60))
+    by_hand = tango(Table(both=30, before=10, after=0, neither=60))
     assert (found.difference["low"], found.difference["high"]) == pytest.approx(by_hand[1:])
     assert "m less LERP −10.0 [" in found.why and found.why.endswith("better than LERP.")
 
@@ -123,7 +123,7 @@ def test_where_every_dose_costs_utility_nothing_is_chosen_and_the_loss_is_told()
     found = decided(("m", 0.1, 0, 60), ("m", 0.2, 0, 90), (LERP, 0.5, 10, 20))
     assert found.chosen is None and found.matched is None
     assert found.why.startswith("no s of m keeps utility within 2 points of the fine-tuned 95.0 % [")
-    low, high = (f"{100 * x:+.1f}".replace("-", "−") for x in newcombe(Table(340, 40, 0, 20))[1:])
+    low, high = (f"{100 * x:+.1f}".replace("-", "−") for x in tango(Table(340, 40, 0, 20))[1:])
     assert f"the best, s 0.1, changes it by −10.0 [{low}, {high}] points on 400 held-out rows" in found.why
     assert "LERP (restore_weights) with strength 0.5 does: harmful answers 10.0 % [" in found.why
 
@@ -131,7 +131,7 @@ def test_where_every_dose_costs_utility_nothing_is_chosen_and_the_loss_is_told()
 def test_too_few_rows_are_told_from_a_loss_with_the_number_that_it_takes() -> None:
     found = decided(("m", 0.1, 0, 6), (LERP, 0.5, 0, 6), wrong=5, rows=100)
     assert found.chosen is None and "is shown to keep utility" in found.why
-    needed = sample_size_for_margin(1 - 5.5 / 100, 0.02, discordance=1 / 100)
+    needed = sample_size_for_margin(0.02, discordance=1 / 100)
     assert f"about {needed} rows in --heldout" in found.why
 
 

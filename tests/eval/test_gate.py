@@ -10,19 +10,11 @@ from statsmodels.stats.proportion import proportion_confint
 
 from resafe.eval import stats
 from resafe.eval.gate import Rule, measure
+from tests.eval import tango_reference
 
 
-def newcombe(cells: Sequence[float], n: int, level: float) -> tuple[float, float]:
-    """Method 10 from statsmodels' Wilson limits, written anew."""
-    both, lost, gained, neither = (n * x for x in cells)
-    p1, p2 = cells[0] + cells[1], cells[0] + cells[2]
-    (l1, u1), (l2, u2) = (proportion_confint(p * n, n, 1 - level, "wilson") for p in (p1, p2))
-    margins = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
-    cross = both * neither - lost * gained
-    phi = (max(0.0, cross - n / 2) if cross > 0 else cross) / math.sqrt(margins) if margins else 0.0
-    below = math.sqrt((p2 - l2) ** 2 - 2 * phi * (p2 - l2) * (u1 - p1) + (u1 - p1) ** 2)
-    above = math.sqrt((u2 - p2) ** 2 - 2 * phi * (u2 - p2) * (p1 - l1) + (p1 - l1) ** 2)
-    return p2 - p1 - below, p2 - p1 + above
+def interval(cells: Sequence[float], n: int, level: float) -> tuple[float, float]:
+    return tango_reference.limits(n * cells[1], n * cells[2], n, level)
 
 
 POWER_80 = 0.8416212335729143  # normal quantile
@@ -34,7 +26,7 @@ def test_prompts_needed_to_be_kept_equal_a_count_upwards(counts: tuple[int, ...]
     cells = [x / sum(counts) for x in counts]
     spread = math.sqrt(cells[1] + cells[2] - (cells[2] - cells[1]) ** 2)
     n = 1
-    while newcombe(cells, n, 0.95)[1] + POWER_80 * spread / math.sqrt(n) >= 0.03:
+    while interval(cells, n, 0.95)[1] + POWER_80 * spread / math.sqrt(n) >= 0.03:
         n += 1
     assert measure("j", ("s",), before, after, Rule(0.03, False)).needed == n > sum(counts)
 
@@ -45,7 +37,7 @@ def test_prompts_needed_to_be_degraded_equal_a_count_upwards(counts: tuple[int, 
     cells = [x / sum(counts) for x in counts]
     spread = math.sqrt(cells[1] + cells[2] - (cells[2] - cells[1]) ** 2)
     n = 1
-    while newcombe(cells, n, 0.99)[0] - POWER_80 * spread / math.sqrt(n) <= 0:
+    while interval(cells, n, 0.99)[0] - POWER_80 * spread / math.sqrt(n) <= 0:
         n += 1
     assert measure("j", ("s",), before, after, Rule(0.03, False, strict=0.99)).needed == n > sum(counts)
 
@@ -67,7 +59,7 @@ def test_the_prompts_that_are_called_for_suffice_four_times_in_five() -> None:
     before, after = columns((3, 4, 4, 89))
     needed = measure("j", ("s",), before, after, Rule(0.03, False)).needed
     assert needed is not None
-    assert stats.power_non_inferior(needed, rate=0.07, margin=0.03, discordance=0.08) == pytest.approx(0.8, abs=0.03)
+    assert stats.power_non_inferior(needed, margin=0.03, discordance=0.08) == pytest.approx(0.8, abs=0.03)
 
 
 def test_prompts_needed_for_a_floor_equal_a_count_upwards() -> None:

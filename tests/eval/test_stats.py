@@ -18,13 +18,15 @@ from resafe.eval.stats import (
     crosstab,
     holm,
     mcnemar_exact,
-    newcombe,
     non_inferior,
     paired_difference,
     power_mcnemar,
     prompts_needed,
+    tango,
+    tango_score,
     wilson,
 )
+from tests.eval import tango_reference
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 1), (0, 100), (3, 100), (50, 100), (330, 330), (17, 520)])
@@ -70,43 +72,30 @@ def test_mcnemar_is_twice_the_smaller_binomial_tail(b: int, c: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "low", "high"),
+    ("table", "level", "low", "high"),
     [
-        ((36, 12, 2, 0), 0.0569, 0.3404),  # Newcombe 1998, table II, method 10 (there as before - after)
-        ((1, 1, 7, 12), -0.507, -0.026),  # Bentur et al. 2009 in Fagerland et al. 2014, square-and-add
-        ((59, 6, 16, 80), -0.1186, -0.0046),  # Cavo et al. 2012 in Fagerland et al. 2017, chapter 8
+        ((1, 7, 1, 12), 0.95, -0.517, -0.026),  # Bentur et al. 2009 in Fagerland et al. 2014, Statistics in Medicine 33:2850
+        ((300, 25, 28, 265), 0.9, -0.0148, 0.0247),  # PropCIs::scoreci.mp(25, 28, 618, 0.9)
     ],
 )
-def test_newcombe_reproduces_published_intervals(table: tuple[int, ...], low: float, high: float) -> None:
-    a, b, c, d = table
-    found = newcombe(Table(a, c, b, d))  # published as first - second
+def test_tango_reproduces_published_intervals(
+    table: tuple[int, int, int, int], level: float, low: float, high: float
+) -> None:
+    found = tango(Table(*table), level)
     digits = len(str(low).split(".")[1])
     assert (round(found.low, digits), round(found.high, digits)) == (low, high)
 
 
-def newcombe_by_hand(a: float, b: float, c: float, d: float) -> tuple[float, float]:
-    """Method 10 with its limits from scipy, written out for first - second."""
-    n = a + b + c + d
-    first = stats.binomtest(int(a + b), int(n)).proportion_ci(method="wilson")
-    second = stats.binomtest(int(a + c), int(n)).proportion_ci(method="wilson")
-    q = a * d - b * c
-    q = q - n / 2 if q > n / 2 else 0 if q >= 0 else q
-    product = (a + b) * (c + d) * (a + c) * (b + d)
-    phi = q / product**0.5 if product else 0
-    p1, p2 = (a + b) / n, (a + c) / n
-    dl1, du1, dl2, du2 = p1 - first.low, first.high - p1, p2 - second.low, second.high - p2
-    delta = (dl1**2 - 2 * phi * dl1 * du2 + du2**2) ** 0.5
-    epsilon = (du1**2 - 2 * phi * du1 * dl2 + dl2**2) ** 0.5
-    return p1 - p2 - delta, p1 - p2 + epsilon
-
-
-def test_newcombe_equals_an_independent_formula_on_every_table_of_12() -> None:
+def test_tango_equals_maximised_likelihoods_on_every_table_of_12() -> None:
     for a, b, c in itertools.product(range(13), repeat=3):
         if (d := 12 - a - b - c) >= 0:
-            found = newcombe(Table(both=a, before=c, after=b, neither=d))
-            low, high = newcombe_by_hand(a, b, c, d)
-            assert (found.low, found.high) == pytest.approx((max(-1, low), min(1, high)), abs=1e-9)
-            assert found.difference == pytest.approx((b - c) / 12)
+            found = tango(Table(a, b, c, d))
+            assert found == pytest.approx(((c - b) / 12, *tango_reference.limits(b, c, 12)), abs=1e-9)
+
+
+def test_the_score_of_no_difference_is_mcnemars() -> None:
+    assert float(tango_score(3, 11, 40, 0)) == pytest.approx((11 - 3) / math.sqrt(14), abs=1e-12)
+    assert tango_score([0, 0], [0, 0], 9, [0, 0.1]).tolist() == pytest.approx([0, tango_reference.score(0, 0, 9, 0.1)])
 
 
 def test_a_paired_difference_is_after_minus_before() -> None:
@@ -191,13 +180,13 @@ def test_wilson_covers_on_average() -> None:
     assert 0.93 <= hits / 4000 <= 0.97
 
 
-def test_newcombe_covers_the_true_paired_difference() -> None:
+def test_tango_covers_the_true_paired_difference() -> None:
     rng = np.random.default_rng(2)
     hits = 0
     for _ in range(4000):
         cells = rng.dirichlet([1.5, 1, 1, 1.5])
         a, b, c, d = (float(x) for x in rng.multinomial(80, cells))
-        found = newcombe(Table(a, b, c, d))
+        found = tango(Table(a, b, c, d))
         hits += found.low <= cells[2] - cells[1] <= found.high
     assert 0.93 <= hits / 4000 <= 0.97
 

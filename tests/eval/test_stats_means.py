@@ -12,6 +12,7 @@ from scipy import stats
 
 from resafe.errors import ResafeError
 from resafe.eval.stats import clustered_interval, mean_interval, paired_mean_difference, wilcoxon_signed_rank, wilson
+from tests.eval import tango_reference
 
 RATINGS = st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0]), min_size=1, max_size=60)
 
@@ -94,6 +95,24 @@ def test_nothing_changed_is_no_proof_that_nothing_changes() -> None:
     assert found.difference == 0 and found.low == pytest.approx(-found.high) and 0.05 < found.high < 0.5
 
 
+@pytest.mark.parametrize("cells", [(0, 0, 0, 40), (3, 4, 0, 33), (0, 6, 9, 5), (0, 0, 12, 0)])
+def test_a_difference_of_votes_is_that_of_rates(cells: tuple[int, int, int, int]) -> None:
+    a, b, c, d = cells
+    before, after = [5.0] * (a + b) + [1.0] * (c + d), [5.0] * a + [1.0] * b + [5.0] * c + [1.0] * d
+    low, high = tango_reference.limits(b, c, sum(cells))
+    found = paired_mean_difference(before, after, 1, 5)
+    assert found == pytest.approx((4 * (c - b) / sum(cells), 4 * low, 4 * high), abs=1e-9)
+
+
+def test_changes_by_half_the_scale_tell_more_than_as_many_votes() -> None:
+    # |d|: 10 halves and one whole either way of 42: 7 / 42; d^2: 4.5 / 42; D: (6 - 4) / 2 / 42
+    before, after = [0.5] * 40, [1.0] * 6 + [0.0] * 4 + [0.5] * 30
+    mean = 1 / 42
+    worth = 40 * (7 / 42 - mean**2) / (4.5 / 42 - mean**2)
+    low, high = tango_reference.limits(worth * 2 / 40, worth * 3 / 40, worth)
+    assert paired_mean_difference(before, after, 0, 1) == pytest.approx((1 / 40, low, high), abs=1e-9)
+
+
 def test_unequal_pairs_are_refused() -> None:
     with pytest.raises(ResafeError, match="found 1 and 2"):
         paired_mean_difference([1], [1, 2], 1, 5)
@@ -141,7 +160,7 @@ def test_categories_that_differ_widen_and_categories_alike_hardly_do() -> None:
     apart = [float(label % 2) for label in labels]
     plain = mean_interval(alike, 0, 1)
     one, two = clustered_interval(alike, labels), clustered_interval(apart, labels)
-    assert plain[1] - plain[0] < one[1] - one[0] < 1.2 * (plain[1] - plain[0])
+    assert one == pytest.approx(plain), "the categories are more alike than chance would make them"
     assert two[1] - two[0] > 3 * (plain[1] - plain[0])
 
 
@@ -187,7 +206,7 @@ def test_no_hits_for_three_seeds_allow_what_no_hits_for_one_do() -> None:
 
 def test_one_category_says_nothing_of_others_and_two_say_little() -> None:
     assert clustered_interval([1, 5, 3], "aaa", 1, 5) == (1, 5)
-    votes = [float(i % 4 == 0) for i in range(50)] + [float(i % 3 == 0) for i in range(50)]
+    votes = [float(i % 4 == 0) for i in range(50)] + [float(i % 2 == 0) for i in range(50)]
     two, plain = clustered_interval(votes, "a" * 50 + "b" * 50), mean_interval(votes, 0, 1)
     assert two[1] - two[0] > 3 * (plain[1] - plain[0])
 

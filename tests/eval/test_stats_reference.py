@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import krippendorff
 import numpy as np
 import pytest
@@ -25,14 +23,15 @@ from resafe.eval.stats import (
     holm,
     krippendorff_alpha,
     mcnemar_exact,
-    newcombe,
-    newcombe_limits,
     non_inferior,
     paired_difference,
     power_mcnemar,
+    tango,
+    tango_limits,
     wilson,
     within_margin,
 )
+from tests.eval import tango_reference
 
 CELLS = st.tuples(*[st.integers(0, 400)] * 4).filter(lambda cells: sum(cells) > 0)
 random_cases = settings(max_examples=150, deadline=None, derandomize=True)
@@ -73,29 +72,18 @@ def test_kappa_equals_statsmodels_and_scikit_learn(cells: tuple[int, int, int, i
         assert found == pytest.approx(cohen_kappa_score(first, second), abs=1e-9)
 
 
-def reference_newcombe(a: int, b: int, c: int, d: int, level: float) -> tuple[float, float, float]:
-    """Method 10 by statsmodels' Wilson limits and complex numbers: |x - phi-rotated y| is the square-and-add length."""
-    n = a + b + c + d
-    (l1, u1), (l2, u2) = (proportion_confint(k, n, 1 - level, "wilson") for k in (a + b, a + c))
-    p1, p2, cross = (a + b) / n, (a + c) / n, a * d - b * c
-    corrected = cross if cross <= 0 else max(cross - n / 2, 0)
-    product = math.prod((a + b, c + d, a + c, b + d))
-    angle = math.acos(corrected / math.sqrt(product)) if product else math.pi / 2
-    turn = complex(math.cos(angle), math.sin(angle))
-    return p2 - p1, p2 - p1 - abs((p2 - l2) - turn * (u1 - p1)), p2 - p1 + abs((u2 - p2) - turn * (p1 - l1))
-
-
 @given(CELLS, st.floats(0.5, 0.999))
 @random_cases
-def test_newcombe_equals_the_law_of_cosines(cells: tuple[int, int, int, int], level: float) -> None:
-    difference, low, high = reference_newcombe(*cells, level)
-    assert newcombe(Table(*cells), level) == pytest.approx((difference, max(-1, low), min(1, high)), abs=1e-9)
+def test_tango_equals_maximised_likelihoods(cells: tuple[int, int, int, int], level: float) -> None:
+    _, b, c, _ = cells
+    expected = tango_reference.limits(b, c, sum(cells), level)
+    assert tango(Table(*cells), level) == pytest.approx(((c - b) / sum(cells), *expected), abs=1e-9)
 
 
 def test_many_tables_at_once_are_each_table_alone() -> None:
-    cells = np.random.default_rng(0).integers(1, 50, size=(4, 30))
-    low, high = newcombe_limits(*cells, 0.9)
-    alone = [newcombe(Table(*map(float, column)), 0.9) for column in cells.T]
+    b, c, rest = np.random.default_rng(0).integers(0, 50, size=(3, 30))
+    low, high = tango_limits(b, c, b + c + rest + 1, stats.norm.ppf(0.95))
+    alone = [tango(Table(0, *map(float, column)), 0.9) for column in zip(b, c, rest + 1)]
     assert low.tolist() == [x.low for x in alone] and high.tolist() == [x.high for x in alone]
 
 
@@ -106,7 +94,7 @@ def test_non_inferiority_is_read_off_the_reference_interval(
 ) -> None:
     a, b, c, d = cells
     before, after = [True] * (a + b) + [False] * (c + d), [True] * a + [False] * b + [True] * c + [False] * d
-    difference, low, high = reference_newcombe(*cells, 0.95)
+    difference, (low, high) = (c - b) / sum(cells), tango_reference.limits(b, c, sum(cells))
     worse = (-difference, -high, -low) if higher else (difference, low, high)  # > 0: worse
     expected = "kept" if worse[2] < margin else "degraded" if worse[1] > 0 and worse[0] > margin else "unclear"
     assert non_inferior(before, after, margin, higher_is_better=higher) == expected
@@ -168,4 +156,4 @@ def test_alpha_wants_columns_of_one_length_and_a_known_measurement() -> None:
 def test_the_paired_difference_counts_its_table() -> None:
     before, after = [True, False, True, True], [True, True, False, True]
     assert crosstab(before, after) == (2, 1, 1, 0)
-    assert paired_difference(before, after) == newcombe(Table(2, 1, 1, 0))
+    assert paired_difference(before, after) == tango(Table(2, 1, 1, 0))
