@@ -8,12 +8,23 @@ from typing import Any
 
 import click
 
+from resafe.errors import ResafeError
+
 FOLDER = click.Path(path_type=Path)
+
+
+def local(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    """Refuse a URL where a folder is written: uploads could not appear whole or not at all."""
+    if ":/" in str(value):  # pathlib makes one slash of two
+        raise ResafeError(f"--output is a local folder; found the URL {value}: write it here, then copy it there.")
+    return value
+
+
 
 mitigation = click.option(
     "--mitigation", "-m", "mitigations", multiple=True, metavar="NAME[:key=value,...]", help="A defence; repeat to compose. See: resafe list."
 )
-output = click.option("--output", "-o", required=True, type=FOLDER, help="New folder for the result.")
+output = click.option("--output", "-o", required=True, type=FOLDER, callback=local, help="New folder for the result.")
 seed = click.option("--seed", default=0, show_default=True, help="Decides every random choice.")
 safety_data = click.option(
     "--safety-data", metavar="default|lab|FILE", help="Safety rows (JSONL); default: the pack that ships with resafe."

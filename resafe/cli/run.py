@@ -50,8 +50,8 @@ def train(model: str, data: Path, mitigations: tuple[str, ...], output: Path, sa
 
 
 @click.command()
-@click.argument("tuned", type=options.FOLDER)
-@click.option("--aligned", help="Folder of the model before fine-tuning, or 'lab'.")
+@click.argument("tuned")
+@click.option("--aligned", help="Folder (or URL) of the model before fine-tuning, or 'lab'.")
 @click.option("--base", help="Folder of the model before alignment (pre-trained), or 'lab:base'.")
 @click.option("--data", type=options.FOLDER, help="JSONL rows of the user's task: replayed, and the measure of utility.")
 @options.mitigation
@@ -66,9 +66,11 @@ def train(model: str, data: Path, mitigations: tuple[str, ...], output: Path, sa
 @click.option("--margin", type=click.FloatRange(0, 100, min_open=True, max_open=True), default=2, show_default=True, help="Points of utility that may be lost.")
 @click.option("--doses", metavar="A,B,...", help="Values to try, weakest first [default: the method's own].")
 @options.store
-def repair(tuned: Path, aligned: str | None, base: str | None, data: Path | None, mitigations: tuple[str, ...], output: Path,
+def repair(tuned: str, aligned: str | None, base: str | None, data: Path | None, mitigations: tuple[str, ...], output: Path,
            safety_data: str | None, heldout: Path | None, seed: int, searching: bool, store: str | None, **how: Any) -> None:  # fmt: skip
     """Put safety back into a finished fine-tune (a full checkpoint or a LoRA adapter).
+
+    Models are folders or URLs that fsspec can read (s3://bucket/model, hf://user/model), which are copied into the cache.
 
     With --search, the strength of the one method that has one is calibrated: every dose is measured on development prompts and
     on the rows of --heldout, and the curve goes to OUTPUT-search/search.html and search.json.
@@ -81,7 +83,7 @@ def repair(tuned: Path, aligned: str | None, base: str | None, data: Path | None
         _check_unused(click.get_current_context())
     before = lab.resolve(aligned, log=log) if aligned else None
     first = lab.resolve(base, log=log) if base else None
-    job = plan(tuned, output, mitigations, before, data, safety_data, heldout, seed, log, first)
+    job = plan(lab.resolve(tuned, log=log), output, mitigations, before, data, safety_data, heldout, seed, log, first)
     click.echo(_search(job, store, **how) if searching else perform(job))
 
 

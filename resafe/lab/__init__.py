@@ -12,6 +12,7 @@ from pathlib import Path
 
 from resafe.errors import ResafeError
 from resafe.fingerprint import cache_home
+from resafe.remote import fetch, is_url
 
 SHIPPED_SEED = 0
 
@@ -45,7 +46,9 @@ def guard_path() -> Path:
 
 
 def resolve(model: str, seed: int = SHIPPED_SEED, log: Callable[[str], None] = lambda _: None) -> Path:
-    """A model argument -> folder: `lab`, `lab:base`, `lab:aligned` (of `seed`), or a path that stands for itself."""
+    """A model argument -> folder: `lab`, `lab:base`, `lab:aligned` (of `seed`), a URL (`remote.fetch`), or a path that stands for itself."""
+    if is_url(model):
+        return fetch(model, log)
     if model != "lab" and not model.startswith("lab:"):
         return Path(model)
     part = model.partition(":")[2] or "aligned"

@@ -1,0 +1,100 @@
+"""Models behind fsspec URLs (s3://, gs://, hf://, sftp:// ...): their files are copied into the cache once, then read as a local folder.
+
+Only what a model needs is fetched: weights as safetensors, JSON, tokenizer and template files; no code and no pickle. The place
+needs fsspec's own package for its protocol (s3fs, gcsfs, ...), which finds credentials in its usual places.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from resafe.errors import ResafeError, first_line
+from resafe.files import digest, write_json
+
+SUFFIXES = frozenset([".safetensors", ".json", ".jinja", ".model", ".txt"])
+RECORD = ".fetched"  # name -> what the remote file was when it was copied
+
+
+def is_url(model: str) -> bool:
+    """Whether a model argument is a URL and not a folder."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", model, re.IGNORECASE) is not None
+
+
+def fetch(url: str, log: Callable[[str], None] = lambda _: None) -> Path:
+    """The local copy of the model folder at `url`, brought up to date: files that changed there are copied again.
+
+    A copy that was broken off goes on with the files that are missing. Raises ResafeError where the protocol is unknown or its
+    package missing, and where the folder cannot be read, is empty or breaks off.
+    """
+    from resafe.fingerprint import cache_home
+
+    try:
+        system, there = _open(url)
+        files = {Path(f["name"]).name: f for f in system.ls(there, detail=True) if f["type"] == "file" and Path(f["name"]).suffix in SUFFIXES}
+    except Exception as error:  # every file system has errors of its own
+        raise _failed(url, error) from None
+    if not files:
+        raise ResafeError(f"{_shown(url)} holds no model: no safetensors or JSON files are there.")
+    folder = cache_home() / "models" / f"{Path(there).name}-{digest(url)[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    record = _record(folder)
+    for name in {p.name for p in folder.iterdir()} - files.keys() - {RECORD}:
+        (folder / name).unlink()
+    for name, info in files.items():
+        version = digest([str(info.get(k)) for k in ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "created", "blob_id")])
+        if record.get(name) != version or not (folder / name).is_file():
+            log(f"fetching {name} ({(info.get('size') or 0) / 1e9:.2f} GB) from {_shown(url)}")
+            _copy(system, info, folder / name, url)
+            record[name] = version
+            write_json(folder / RECORD, record)
+    return folder
+
+
+def _open(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    system, there = fsspec.core.url_to_fs(url.rstrip("/"), use_listings_cache=False)
+    return system, str(there)
+
+
+def _copy(system: Any, info: dict[str, Any], target: Path, url: str) -> None:
+    """One remote file to `target`, whole or not at all."""
+    fd, part = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+    os.close(fd)
+    try:
+        system.get_file(info["name"], part)
+        size = Path(part).stat().st_size
+        if info.get("size") not in (None, size):
+            raise ResafeError(f"{target.name} from {_shown(url)} broke off at {size} of {info['size']} bytes: run the same command again.")
+        os.replace(part, target)
+    except ResafeError:
+        raise
+    except Exception as error:  # every file system has errors of its own
+        raise _failed(url, error) from None
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def _record(folder: Path) -> dict[str, str]:
+    from resafe.models import read_config
+
+    return read_config(folder / RECORD) if (folder / RECORD).is_file() else {}
+
+
+def _failed(url: str, error: Exception) -> ResafeError:
+    if isinstance(error, ImportError):
+        return ResafeError(f"{_shown(url)} cannot be read: {first_line(error)}")
+    if isinstance(error, FileNotFoundError):
+        return ResafeError(f"there is no folder at {_shown(url)}.")
+    return ResafeError(f"{_shown(url)} cannot be read ({type(error).__name__}: {_shown(first_line(error))}).")
+
+
+def _shown(text: str) -> str:
+    """Text without user names and passwords of the URLs in it."""
+    return re.sub(r"://[^/@\s]*@", "://", text)
