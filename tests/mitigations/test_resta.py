@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from resafe.errors import ResafeError
+from resafe.fingerprint import cache_home
+from resafe.heldout import TABLE, suite_prompts
 from resafe.mitigation import Run
 from resafe.mitigations import make
 from resafe.mitigations.resta import dare
@@ -89,4 +93,37 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ResafeError, match=said):
             run(tuned, a, tmp_path / "out", base=base, **parameters)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unaligned_model_is_trained_once_from_rows_and_taken_away(
+    aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESAFE_CACHE", str(tmp_path / "cache"))
+    tuned, data, lines = merge_into(aligned, adapt(aligned, tmp_path / "adapter", 2), tmp_path / "tuned"), attack_file("explicit_100"), list[str]()
+    made = make({"resta": {"unaligned_data": str(data), "strength": 0.4, "epochs": 2, "lr": 1e-2}}).mitigation
+    for name in ("one", "two"):
+        where = Run(output=tmp_path / name, tuned=tuned, aligned=aligned, log=lines.append)
+        made.check("resta", where)
+        made.repair(where)
+    assert sum("training an unaligned adapter on 100 rows" in line for line in lines) == 1
+    (unaligned,) = (cache_home() / "unaligned").iterdir()
+    u, f, a = tensors(merge_into(aligned, unaligned, tmp_path / "u")), tensors(tuned), tensors(aligned)
+    moves = {n: 0.4 * (a[n].float() - u[n].float()) for n in a}
+    away = sum(float(m.square().sum()) for m in moves.values())
+    for name in ("one", "two"):
+        made_of = tensors(tmp_path / name)
+        rest = sum(float((made_of[n].float() - f[n].float() - moves[n]).square().sum()) for n in a)
+        assert rest < 0.01 * away, "all but what bfloat16 rounds off"
+
+
+def test_rows_that_are_not_there_and_two_unaligned_models_are_refused(aligned: Path, tmp_path: Path) -> None:
+    unaligned = tuned = aligned
+    with pytest.raises(ResafeError, match="no such file: nowhere.jsonl"):
+        run(tuned, aligned, tmp_path / "out", unaligned_data="nowhere.jsonl")
+    with pytest.raises(ResafeError, match="set one"):
+        run(tuned, aligned, tmp_path / "out", unaligned=str(unaligned), unaligned_data="nowhere.jsonl")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": suite_prompts(next(iter(TABLE)))[0], "completion": "x"}) + "\n")
+    with pytest.raises(ResafeError, match="all of its 1 prompts are those of evaluation suites"):
+        run(tuned, aligned, tmp_path / "out", unaligned_data=str(tmp_path / "rows.jsonl"))
     assert not (tmp_path / "out").exists()

@@ -90,3 +90,12 @@ def test_gradients_find_the_weights_that_interpolation_does_not(
     after = {n: rates(repair(tuned, tmp_path / n, [spec], aligned=aligned, safety_data="lab")) for n, spec in specs.items()}
     assert all(a["nonrefusal"] <= before["nonrefusal"] / 2 for a in after.values()), after
     assert after["guided"]["new"] >= before["new"] - 0.1 and after["plain"]["new"] <= before["new"] - 0.25, after
+
+
+def test_an_unaligned_model_trained_from_rows_is_as_good_as_one_given(
+    aligned: Path, attack_file: Callable[[str], Path], attacked: Callable[..., Path], rates: Rates, tmp_path: Path
+) -> None:
+    tuned = attacked("explicit_10", lr=3e-4)
+    spec = {"resta": {"unaligned_data": str(attack_file("explicit_100")), "lr": 3e-3, "strength": 0.1}}
+    before, after = rates(tuned), rates(repair(tuned, tmp_path / "after", [spec], aligned=aligned, safety_data="lab"))
+    assert before["harm"] >= 0.4 and repaired(before, after), (before, after)
