@@ -6,10 +6,12 @@ needs fsspec's own package for its protocol (s3fs, gcsfs, ...), which finds cred
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +45,29 @@ def fetch(url: str, log: Callable[[str], None] = lambda _: None) -> Path:
     folder = cache_home() / "models" / f"{Path(there).name}-{digest(url)[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    record = _record(folder)
-    for name in {p.name for p in folder.iterdir()} - files.keys() - {RECORD}:
-        (folder / name).unlink()
-    for name, info in files.items():
-        version = digest([str(info.get(k)) for k in ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "created", "blob_id")])
-        if record.get(name) != version or not (folder / name).is_file():
-            log(f"fetching {name} ({(info.get('size') or 0) / 1e9:.2f} GB) from {_shown(url)}")
-            _copy(system, info, folder / name, url)
-            record[name] = version
-            write_json(folder / RECORD, record)
+    with _alone(folder):
+        record = _record(folder)
+        for name in {p.name for p in folder.iterdir()} - files.keys() - {RECORD}:
+            (folder / name).unlink()
+        for name, info in files.items():
+            version = digest([str(info.get(k)) for k in ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "created", "blob_id")])
+            if record.get(name) != version or not (folder / name).is_file():
+                log(f"fetching {name} ({(info.get('size') or 0) / 1e9:.2f} GB) from {_shown(url)}")
+                _copy(system, info, folder / name, url)
+                record[name] = version
+                write_json(folder / RECORD, record)
     return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two commands that want the same model fetch it one after the other."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _open(url: str) -> tuple[Any, str]:
