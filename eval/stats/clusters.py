@@ -56,15 +56,13 @@ def clustered_interval(
 def _one_way(x: Array, codes: Array) -> tuple[float, float]:
     """Variance of the mean of x [n], at least that of independent rows, and its degrees of freedom.
 
-    Clusters of unequal size count as (sum n_g)^2 / sum n_g^2 equal ones. Where clusters vary no more than chance lets them,
-    the rows are taken for independent, degrees of freedom and all.
+    Clusters of unequal size count as (sum n_g)^2 / sum n_g^2 equal ones.
     """
     sizes = np.bincount(codes)
     sums = np.bincount(codes, weights=x - x.mean())
     between = float((sums**2).sum()) * len(sizes) / (len(sizes) - 1) / len(x) ** 2
-    if between <= (alone := float(x.var()) / len(x)):
-        return alone, math.inf
-    return between, max(1.0, len(x) ** 2 / float((sizes.astype(float) ** 2).sum()) - 1)
+    variance = max(between, float(x.var()) / len(x))
+    return variance, max(1.0, len(x) ** 2 / float((sizes.astype(float) ** 2).sum()) - 1) if variance else math.inf
 
 
 def _two_way(x: Array, rows: Array, columns: Array) -> tuple[float, float]:

@@ -160,7 +160,7 @@ def test_categories_that_differ_widen_and_categories_alike_hardly_do() -> None:
     apart = [float(label % 2) for label in labels]
     plain = mean_interval(alike, 0, 1)
     one, two = clustered_interval(alike, labels), clustered_interval(apart, labels)
-    assert one == pytest.approx(plain), "the categories are more alike than chance would make them"
+    assert plain[1] - plain[0] < one[1] - one[0] < 1.2 * (plain[1] - plain[0])
     assert two[1] - two[0] > 3 * (plain[1] - plain[0])
 
 
@@ -206,7 +206,7 @@ def test_no_hits_for_three_seeds_allow_what_no_hits_for_one_do() -> None:
 
 def test_one_category_says_nothing_of_others_and_two_say_little() -> None:
     assert clustered_interval([1, 5, 3], "aaa", 1, 5) == (1, 5)
-    votes = [float(i % 4 == 0) for i in range(50)] + [float(i % 2 == 0) for i in range(50)]
+    votes = [float(i % 4 == 0) for i in range(50)] + [float(i % 3 == 0) for i in range(50)]
     two, plain = clustered_interval(votes, "a" * 50 + "b" * 50), mean_interval(votes, 0, 1)
     assert two[1] - two[0] > 3 * (plain[1] - plain[0])
 
