@@ -92,7 +92,7 @@ def test_gradients_find_the_weights_that_interpolation_does_not(
     assert after["guided"]["new"] >= before["new"] - 0.1 and after["plain"]["new"] <= before["new"] - 0.25, after
 
 
-def test_an_unaligned_model_trained_from_rows_is_as_good_as_one_given(
+def test_an_unaligned_model_trained_from_rows_serves_resta(
     aligned: Path, attack_file: Callable[[str], Path], attacked: Callable[..., Path], rates: Rates, tmp_path: Path
 ) -> None:
     tuned = attacked("explicit_10", lr=3e-4)
