@@ -11,15 +11,15 @@ user only), never beside the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from resafe.errors import ResafeError
 from resafe.files import check_free
 from resafe.mitigation import Mitigation, Needs, Run
+from resafe.mitigations._second import trained, update_of
 from resafe.mitigations._updates import adapter_of
 from resafe.models import base_of, is_adapter
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from resafe.weights import Twin
-
-
-Vector = Callable[["Twin", Any], Any]  # a weight (which rows of it), W_aligned -> W_aligned - W_unaligned, or None
 
 
 class Resta(Mitigation):
@@ -44,6 +41,12 @@ class Resta(Mitigation):
     lr: float = Field(2e-4, gt=0, description="learning rate of that training")
     strength: float = Field(1.0, allow_inf_nan=False, description="how much of the safety vector is added")
     drop: float = Field(0.0, ge=0, lt=1, description="DARE: share of the fine-tuning update's entries that are dropped, the rest rescaled; full checkpoints only")
+    max_rank: int = Field(0, ge=0, description="adapters: cut the sum to this rank, and say what is lost; 0: exact, ranks add up")
+
+    def inputs(self) -> list[Path]:
+        """See `Mitigation.inputs`."""
+        named = [] if self.unaligned == "base" else [Path(self.unaligned)]
+        return named if self.unaligned_data is None else [*named, Path(self.unaligned_data)]
 
     def check(self, name: str, run: Run) -> None:
         """Also refuse an unaligned model that is not there, and DARE on an adapter."""
@@ -70,7 +73,7 @@ class Resta(Mitigation):
         if tuned is None or aligned is None:
             raise ResafeError("resta needs the fine-tuned model and the one before fine-tuning (--aligned).")
         if self.unaligned_data is not None:
-            away = _trained(run, aligned, Path(self.unaligned_data), self.epochs, self.lr)
+            away = self._trained(run, aligned, Path(self.unaligned_data))
         elif self.unaligned != "base":
             away = Path(self.unaligned)
         elif run.base is not None:
@@ -82,107 +85,36 @@ class Resta(Mitigation):
 
     def _adapter(self, run: Run, tuned: Path, aligned: Path, unaligned: Path) -> Path:
         """dW = dW_tuned - strength dW_unaligned, since both are updates of the aligned model."""
-        import tempfile
-
-        from resafe.weights import concat, rescale
+        from resafe.weights import concat
 
         home = str(base_of(tuned).absolute())
-        run.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=run.output.absolute().parent, prefix=f".{run.output.name}.parts-") as parts:
-            away = rescale(adapter_of(unaligned, aligned), -self.strength, Path(parts) / "away", base=home)
-            return concat(adapter_of(tuned, aligned), away, run.output, base=home)
+        parts = adapter_of(tuned, aligned), adapter_of(unaligned, aligned)
+        return concat(*parts, run.output, home, (1.0, -self.strength), self.max_rank, run.log)
 
     def _checkpoint(self, run: Run, tuned: Path, aligned: Path, unaligned: Path) -> Path:
         from resafe.weights import Checkpoint, Pair, write_checkpoint
 
         pair = Pair(Checkpoint(tuned), Checkpoint(aligned), run.log)
-        vector = _vector(unaligned, aligned)
+        away = update_of(unaligned, aligned)
 
         def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
             made = ours if not self.drop else theirs + dare(ours - theirs, self.drop, _generator(run.seed, twin.name))
-            safety = vector(twin, theirs)
-            return made if safety is None else made.add(safety, alpha=self.strength)
+            harmful = away(twin, theirs)
+            return made if harmful is None else made.sub(harmful, alpha=self.strength)
 
         blocks = not self.drop and not is_adapter(unaligned)  # what draws a mask, or multiplies factors, needs the whole matrix
         return write_checkpoint(tuned, run.output, pair.edit(rule, blocks), config=pair.config)
 
+    def _trained(self, run: Run, aligned: Path, data: Path) -> Path:
+        """The unaligned LoRA; prompts of the evaluation suites are left out. Raises ResafeError where no row is left."""
+        from resafe.heldout import drop_overlap
+        from resafe.rows import read_jsonl
+        from resafe.sft import SFTSettings
 
-def _trained(run: Run, aligned: Path, data: Path, epochs: float, lr: float) -> Path:
-    """A LoRA of the aligned model trained on rows of harmful answers, from the cache where the same was trained before.
-
-    Prompts of the evaluation suites are left out. Raises ResafeError where no row is left.
-    """
-    import tempfile
-
-    from resafe import models
-    from resafe.files import digest, file_digest, new_folder
-    from resafe.fingerprint import cache_home, model_fingerprint
-    from resafe.heldout import drop_overlap
-    from resafe.rows import read_jsonl
-    from resafe.sft import SFTSettings, sft
-
-    settings = SFTSettings(epochs=epochs, lr=lr)
-    name = digest([str(aligned.absolute()), model_fingerprint(aligned), file_digest(data), settings.model_dump(), run.seed])[:16]
-    folder = cache_home() / "unaligned" / name
-    if folder.is_dir():
-        return folder
-    rows, dropped = drop_overlap(read_jsonl(data))
-    if not rows:
-        raise ResafeError(f"{data}: all of its {dropped} prompts are those of evaluation suites: resta needs others to train an unaligned model on.")
-    run.log(f"resta: training an unaligned adapter on {len(rows)} rows")
-    with new_folder(folder) as new, tempfile.TemporaryDirectory() as work:
-        new.chmod(0o700)
-        loaded = models.load(aligned)
-        trained = sft(loaded.model, loaded.tokenizer, rows, settings, Path(work), run.seed, log=run.log)
-        trained.peft_config["default"].base_model_name_or_path = str(aligned.absolute())
-        trained.save_pretrained(new)
-    return folder
-
-
-def _vector(folder: Path, aligned: Path) -> Vector:
-    """W_aligned - W_unaligned; None where the unaligned model does not differ or has no such tensor."""
-    from resafe.weights import Checkpoint, check_tokenizers, counterparts, wide
-
-    if is_adapter(folder):
-        return _adapter_vector(folder, aligned)
-    model = Checkpoint(folder).plain()
-    check_tokenizers(aligned, folder)
-    there = counterparts(Checkpoint(aligned).names(), model)
-
-    def full(twin: Twin, theirs: Tensor) -> Tensor | None:
-        name = str(twin.aligned)
-        if name not in there:
-            return None
-        if (shape := model.shape(there[name]))[1:] != theirs.shape[1:]:
-            raise ResafeError(f"tensor {name} has rows of shape {list(theirs.shape[1:])} in {aligned} and {list(shape[1:])} in {folder}: these are different architectures.")
-        first, last = twin.rows or (0, len(theirs) if theirs.ndim else 1)
-        common = min(last, model.height(there[name]))  # a vocabulary that one of them has grown
-        if common <= first:
-            return None
-        other = wide(model.finite(there[name], first, common)).to(theirs.dtype)
-        if other.shape == theirs.shape:
-            return theirs - other
-        found = theirs - theirs
-        found[: len(other)] = theirs[: len(other)] - other
-        return found
-
-    return full
-
-
-def _adapter_vector(folder: Path, aligned: Path) -> Vector:
-    """W_aligned - W_unaligned = -s B A, laid out as the weight is."""
-    from resafe.weights import Checkpoint, counterparts
-    from resafe.weights._merge import oriented
-
-    adapter, model = adapter_of(folder, aligned), Checkpoint(aligned)
-    weights = {f"{name}.weight": module for name, module in adapter.modules.items()}
-    modules = {there: weights[name] for name, there in counterparts(weights, model).items()}
-
-    def thin(twin: Twin, theirs: Tensor) -> Tensor | None:
-        name = str(twin.aligned)
-        return -oriented(model, adapter, modules[name], theirs) if name in modules else None
-
-    return thin
+        rows, dropped = drop_overlap(read_jsonl(data))
+        if not rows:
+            raise ResafeError(f"{data}: all of its {dropped} prompts are those of evaluation suites: resta needs others to train an unaligned model on.")
+        return trained(run, "unaligned", aligned, rows, SFTSettings(epochs=self.epochs, lr=self.lr))
 
 
 def dare(update: Tensor, p: float, generator: Generator) -> Tensor:

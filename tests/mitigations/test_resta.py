@@ -106,7 +106,7 @@ def test_an_unaligned_model_is_trained_once_from_rows_and_taken_away(
         where = Run(output=tmp_path / name, tuned=tuned, aligned=aligned, log=lines.append)
         made.check("resta", where)
         made.repair(where)
-    assert sum("training an unaligned adapter on 100 rows" in line for line in lines) == 1
+    assert sum("on 100 rows, as the unaligned model" in line for line in lines) == 1
     (unaligned,) = (cache_home() / "unaligned").iterdir()
     u, f, a = tensors(merge_into(aligned, unaligned, tmp_path / "u")), tensors(tuned), tensors(aligned)
     moves = {n: 0.4 * (a[n].float() - u[n].float()) for n in a}
