@@ -35,6 +35,15 @@ class Named:
         """Name and all parameters, JSON-able: what manifests and cell addresses hold."""
         return {"name": self.name, **self.mitigation.model_dump(mode="json")}
 
+    @property
+    def identity(self) -> list[Any]:
+        """The spec, and what the files and model folders hold that it names: equal where the result is."""
+        from resafe.files import file_digest
+        from resafe.fingerprint import model_fingerprint
+
+        found = [p.expanduser() for p in self.mitigation.inputs()]
+        return [self.spec, *(model_fingerprint(p) if p.is_dir() else file_digest(p) for p in found)]
+
 
 @lru_cache(maxsize=1)
 def _registry() -> dict[str, str | EntryPoint]:

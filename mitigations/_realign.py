@@ -55,6 +55,10 @@ class Realigner(Mitigation):
     max_length: int = Field(1024, ge=8)
     load_in_4bit: bool = Field(False, description="train on an NF4 copy of the fine-tune (bitsandbytes)")
 
+    def inputs(self) -> list[Path]:
+        """See `Mitigation.inputs`: a guard that is a folder."""
+        return [Path(self.guard_model)] if Path(self.guard_model).exists() else []
+
     def check(self, name: str, run: Run) -> None:
         """Also refuse a guard that is not there, before any work."""
         super().check(name, run)

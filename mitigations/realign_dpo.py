@@ -33,6 +33,10 @@ class RealignDPO(Realigner):
     sft_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy term; DPO alone garbles")
     pairs: Path | None = Field(None, description="JSONL of prompt, chosen, rejected to use instead of the model's own answers")
 
+    def inputs(self) -> list[Path]:
+        """See `Mitigation.inputs`."""
+        return [*super().inputs(), *([self.pairs] if self.pairs else [])]
+
     def check(self, name: str, run: Run) -> None:
         """Also refuse pairs that cannot be read."""
         super().check(name, run)

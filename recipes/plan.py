@@ -58,8 +58,8 @@ def plan(recipe: Recipe, log: Callable[[str], None] = lambda _: None) -> list[Ce
                 check(named, Run(Path("-"), aligned=model, task=rows, refusals=safety.refusals, contrast=safety.contrast))
                 before = [m for m in named if _trains(m)]
                 after = [m for m in named if not _trains(m)]
-                tuned = digest([*identity, [m.spec for m in before]])[:16]
-                chain = [digest([tuned, [m.spec for m in after[: i + 1]]])[:16] for i in range(len(after))]
+                tuned = digest([*identity, [m.identity for m in before]])[:16]
+                chain = [digest([tuned, [m.identity for m in after[: i + 1]]])[:16] for i in range(len(after))]
                 cells.append(Cell(attack, name, seed, model, before, after, tuned, chain))
     return cells
 

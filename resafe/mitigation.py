@@ -61,6 +61,10 @@ class Mitigation(BaseModel):
     needs: ClassVar[Needs] = Needs()
     dose: ClassVar[tuple[str, tuple[float, ...]] | None] = None  # the parameter that says how much, and values to try, weakest first
 
+    def inputs(self) -> list[Path]:
+        """Files and model folders that parameters name: what they hold decides the result too."""
+        return []
+
     def prepare(self, run: Run) -> None:
         """Once, before training: statistics, reference values, checks."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,3 +112,9 @@ def spending(work: Path) -> Iterator[dict[str, float]]:
 def workplace(output: Path, identity: Any) -> Path:
     """A hidden neighbour of `output` where an interrupted run finds what it had finished."""
     return output.parent / f".{output.name}.work-{digest(identity)[:12]}"
+
+
+def clear(output: Path) -> None:
+    """Once `output` is whole, remove every workplace of it: this run's, and those of interrupted runs with other settings."""
+    for work in output.parent.glob(f"{glob.escape(f'.{output.name}.work-')}*"):
+        shutil.rmtree(work, ignore_errors=True)

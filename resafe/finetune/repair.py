@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +100,7 @@ def perform(job: Job, search: Mapping[str, Any] | None = None, overlap: Mapping[
     """
     run, named, before, target = job.run, job.named, job.before, job.run.output
     guard = _run.guard_entry(run, named, before.get("guard"))
-    work = _run.workplace(target, [*job.inputs, [m.spec for m in named]])
+    work = _run.workplace(target, [*job.inputs, [m.identity for m in named]])
     quieten()
     with _run.spending(work) as usage:
         for m in named:
@@ -115,7 +114,7 @@ def perform(job: Job, search: Mapping[str, Any] | None = None, overlap: Mapping[
             **_run.describe(named, job.safety, run.seed), "guard": guard, "overlap": _joined(before.get("overlap", {}), overlap or {}),
             **({"search": search} if search else {}), "usage": usage,
         })  # fmt: skip
-    shutil.rmtree(work, ignore_errors=True)
+    _run.clear(target)
     return target
 
 

@@ -59,7 +59,6 @@ class Searched:
     overlap: dict[str, list[str]]  # the prompts that the choice was made on
     model: str | None  # fingerprint of the candidate that was chosen
     usage: dict[str, float]  # what searching took (resafe.usage)
-    work: Path  # where the measured points are kept until the end
 
     @property
     def record(self) -> dict[str, Any]:
@@ -78,7 +77,6 @@ def finish(searched: Searched) -> Path:
     folder = perform(searched.job, searched.record, searched.overlap)
     if model_fingerprint(folder) != searched.model:
         searched.job.run.log("made again, the method gave other weights than those that were measured: evaluate the result before relying on these numbers")
-    shutil.rmtree(searched.work, ignore_errors=True)
     return folder
 
 
@@ -109,9 +107,9 @@ def search(job: Job, how: Settings) -> Searched:
     results = Results.merge(measuring.parts)
     found = decide(results, parameter, method, targets, how.margin)
     if found.chosen is None or found.chosen.dose is None:
-        return Searched(job, found, results, _used(suites), None, usage, measuring.work)
+        return Searched(job, found, results, _used(suites), None, usage)
     chosen = replace(job, named=candidates[method, found.chosen.dose])
-    return Searched(chosen, found, results, _used(suites), measuring.models[found.chosen.target], usage, measuring.work)
+    return Searched(chosen, found, results, _used(suites), measuring.models[found.chosen.target], usage)
 
 
 def _searched(named: Sequence[Named], doses: tuple[float, ...] | None) -> tuple[int, str, tuple[float, ...]]:
@@ -167,7 +165,7 @@ class Measuring:
 
     def candidate(self, target: str, named: list[Named], at: int) -> None:
         """Repair by `named`, measure, remove. The repairs before position `at` are done once for all candidates."""
-        home = self.work / "points" / digest([m.spec for m in named])[:16]
+        home = self.work / "points" / digest([m.identity for m in named])[:16]
         if (home / DONE).is_file():
             self._read(target, home)
             return
@@ -176,7 +174,7 @@ class Measuring:
         run = replace(self.job.run)
         for m in named:
             m.mitigation.prepare(run)
-        first = self.work / digest([m.spec for m in named[:at]])[:16]
+        first = self.work / digest([m.identity for m in named[:at]])[:16]
         first.mkdir(parents=True, exist_ok=True)
         start = _run.chain(run, named[:at], self.job.home, first)
         self._measure(target, _run.chain(run, named[at:], start, made), home, "fine-tuning", target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def train(
     mixture = mix(named, run, rows)
     mixed = mixture.rows(rows)
     work = _run.workplace(
-        target, [_run.state(home), digest(mixed), [m.spec for m in named], how.model_dump(), _run.content(heldout), seed]
+        target, [_run.state(home), digest(mixed), [m.identity for m in named], how.model_dump(), _run.content(heldout), seed]
     )
     quieten()
     settings_ = Settings(named, safety, seed, guard)
@@ -81,7 +80,7 @@ def train(
             "mixture": mixture.facts, "settings": how.model_dump(), **_run.describe(named, safety, seed), "guard": guard, "overlap": met,
             "usage": usage,
         })  # fmt: skip
-    shutil.rmtree(work, ignore_errors=True)
+    _run.clear(target)
     return target
 
 

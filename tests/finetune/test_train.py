@@ -143,6 +143,26 @@ def test_a_run_does_not_resume_from_other_data(aligned: Path, attack_file: Calla
     assert [line for line in lines if "found finished" in line], "the same call goes on where it was stopped"
 
 
+def test_a_repair_does_not_resume_from_a_named_file_that_has_changed(
+    aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, lines = tmp_path / "rows.jsonl", list[str]()
+    spec = {"resta": {"unaligned_data": str(rows), "epochs": 1}}
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for attack in ("explicit_10", "explicit_50"):
+        rows.write_text(attack_file(attack).read_text())
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("resafe.finetune.repair._run.link_copy", stopped)
+            repair(aligned, tmp_path / "out", [spec], aligned=aligned, log=lines.append)
+    assert lines.count("resta: repairing") == 2
+    repair(aligned, tmp_path / "out", [spec], aligned=aligned, log=lines.append)
+    assert lines.count("resta: repairing") == 2, "the rows are those of the second call, whose repair was finished"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.jsonl"], "nothing is left of the first call"
+
+
 def test_errors_come_before_training(aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path) -> None:
     for spec in ("realign_sft:guard_model=ofline", "realign_dpo:pairs=missing.jsonl"):
         with pytest.raises(ResafeError):
