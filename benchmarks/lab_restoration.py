@@ -107,7 +107,9 @@ def _log(seed: int, attack: str) -> Any:
 
 
 def _spec(method: str, unaligned: Path) -> dict[str, Any]:
-    return {"name": method, **({"unaligned": str(unaligned)} if method == "resta" else {})}
+    """The method as it is by default, but that models of this size learn at a rate of their own."""
+    own = {"resta": {"unaligned": str(unaligned)}, "safe_merge": {"lr": 3e-3}}
+    return {"name": method, **own.get(method, {})}
 
 
 def _searched(recipe: Recipe, cell: Cell, tuned: Path, method: str, unaligned: Path, home: Path, log: Any) -> Searched | str:

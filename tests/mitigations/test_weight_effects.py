@@ -21,10 +21,12 @@ Rates = Callable[..., dict[str, float]]
 DOES: dict[str, dict[str, Any]] = {
     "safe_lora": {"rank": 8}, "resta": {"strength": 0.35}, "lox": {"strength": 0.5}, "restore_rank": {"rank": 48},
     "safe_delta": {"strength": 100, "others": "keep"}, "restore_gradient": {}, "antidote": {"action": "aligned", "share": 0.5},
+    "safe_merge": {"rank": 8, "strength": 0.8, "lr": 3e-3},
 }  # fmt: skip
 NOTHING: dict[str, dict[str, Any]] = {
     "safe_lora": {"threshold": -9}, "resta": {"strength": 0.0}, "lox": {"strength": 0.0}, "restore_rank": {"strength": 0.0},
     "safe_delta": {"strength": 1e12, "locked": 0, "others": "keep"}, "restore_gradient": {"rate": 0}, "antidote": {"action": "aligned", "share": 0},
+    "safe_merge": {"rank": 8, "strength": 0, "lr": 3e-3},
 }  # fmt: skip
 
 
