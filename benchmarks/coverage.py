@@ -208,23 +208,42 @@ def bootstrap(x: Any, method: str, rng: Any) -> Limits:
     return float(found.low), float(found.high)
 
 
-def simulated_categories(trials: int, sizes: Iterable[int] = (100, 330), method: str = "t") -> Iterator[Point]:
+CATEGORIES = [
+    (n, [n // count + (i < n % count) for i in range(count)], middle, spread)
+    for n in (100, 330) for count in (3, 5, 10, 14) for middle, spread in ((-3.0, 0.0), (-3.0, 1.0), (-1.0, 0.5), (0.0, 1.0))
+]  # fmt: skip
+
+
+def drawn_categories(count: int = 48, seed: int = 20261125) -> list[tuple[int, list[int], float, float]]:
+    """Points that had no part in choosing the rule: 2 to 20 categories, equal and unequal, a quarter of them alike."""
+    rng, found = np.random.default_rng(seed), []
+    for i in range(count):
+        groups = int(rng.integers(2, 21))
+        n, middle = int(rng.integers(8 * groups, 8 * groups + 400)), float(rng.uniform(-3.5, 1.5))
+        spread = 0.0 if rng.random() < 0.25 else float(rng.uniform(0, 1.5))
+        equal = [n // groups + (j < n % groups) for j in range(groups)]
+        sizes = equal if i % 2 else np.maximum(2, rng.multinomial(n, rng.dirichlet([5.0] * groups))).tolist()
+        found.append((sum(sizes), sizes, middle, spread))
+    return found
+
+
+def simulated_categories(
+    trials: int, sizes: Iterable[int] = (100, 330), points: Iterable[tuple[int, list[int], float, float]] = (), method: str = "t"
+) -> Iterator[Point]:
     """Yes or no, prompts in categories whose log-odds differ: `clustered_interval`, or `cluster_bootstrap`."""
-    for n in sizes:
-        for count in (3, 5, 10, 14):
-            for middle, spread in ((-3.0, 0.0), (-3.0, 1.0), (-1.0, 0.5), (0.0, 1.0)):
-                labels, rng = [i % count for i in range(n)], np.random.default_rng(n)
+    for i, (n, groups, middle, spread) in enumerate(points or [p for p in CATEGORIES if p[0] in sizes]):
+        labels, rng = np.repeat(np.arange(len(groups)), groups).tolist(), np.random.default_rng(n + i)
 
-                def draw(count: int = count, labels: list[int] = labels, middle: float = middle, spread: float = spread,
-                         rng: Any = rng) -> Limits:  # fmt: skip
-                    odds = middle + spread * rng.normal(size=count)
-                    x = (rng.random(len(labels)) < special.expit(odds)[labels]).astype(float).tolist()
-                    if method == "t":
-                        return clustered_interval(x, labels)
-                    return cluster_bootstrap(x, labels, resamples=500)
+        def draw(groups: list[int] = groups, labels: list[int] = labels, middle: float = middle, spread: float = spread,
+                 rng: Any = rng) -> Limits:  # fmt: skip
+            odds = middle + spread * rng.normal(size=len(groups))
+            x = (rng.random(len(labels)) < special.expit(odds)[labels]).astype(float).tolist()
+            if method == "t":
+                return clustered_interval(x, labels)
+            return cluster_bootstrap(x, labels, resamples=500)
 
-                point = {"n": n, "categories": count, "log_odds": middle, "spread": spread}
-                yield {**point, **_covered(_mean_rate(middle, spread), draw, trials)}
+        point = {"n": n, "categories": len(groups), "log_odds": middle, "spread": spread}
+        yield {**point, **_covered(_mean_rate(middle, spread), draw, trials)}
 
 
 def _mean_rate(middle: float, spread: float) -> float:
@@ -304,6 +323,7 @@ METHODS: dict[str, Callable[[int], Iterator[Point]]] = {
     "mean_interval, two values": exact_two_values,
     "paired_mean_difference": simulated_difference,
     "clustered_interval, categories": simulated_categories,
+    "clustered_interval, categories drawn afterwards": lambda trials: simulated_categories(trials, points=drawn_categories()),
     "clustered_interval, seeds": lambda trials: simulated_seeds(clustered, trials // 2),
     "clustered_interval, changes over seeds": lambda trials: simulated_seed_changes(clustered_changes, trials // 2),
     "pool": lambda trials: simulated_seeds(pooled, trials // 10),

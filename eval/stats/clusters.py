@@ -1,8 +1,9 @@
 """Means of rows that are not independent: prompts of one category, the same prompts put to several training seeds.
 
-- crossed clusters (prompts x seeds), resampled: the pigeonhole bootstrap, A. B. Owen (2007), arXiv 0712.1111
-- the same by variance components: the two-way layout with interaction, degrees of freedom by
+- clusters: Student's t over their means, R. Ibragimov and U. K. Müller (2010), doi 10.1198/jbes.2009.08046
+- crossed clusters (prompts x seeds) by variance components: the two-way layout with interaction, degrees of freedom by
   F. E. Satterthwaite (1946), doi 10.2307/3002019
+- the same, resampled: the pigeonhole bootstrap, A. B. Owen (2007), arXiv 0712.1111
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ def clustered_interval(
     same rows (clusters = prompts, crossed = seeds), one row for each pair, few of them missing. The scale, the two values
     added and the score limits are those of `mean_interval`, which it is where no two rows share a cluster, with Student's
     quantile: two or three clusters say little of all others, so that the interval is wide; one says nothing: the whole
-    scale. One seed alone is not counted as a cluster: the interval is then about that seed. Where no value varies, the
-    clusters count, not the rows.
+    scale. Clusters may be alike by chance: the interval is at least as wide as one standard error of independent rows to
+    either side (chosen by simulation, and simulated again at points drawn afterwards: benchmarks/coverage.py). One seed
+    alone is not counted as a cluster: the interval is then about that seed. Where no value varies, the clusters count, not
+    the rows.
 
     Raises ResafeError for values outside the scale, labels that do not match them, and two rows for a pair.
     """
@@ -47,22 +50,24 @@ def clustered_interval(
     if groups == 1:
         return lo, hi
     variance, freedom = _one_way(x, first) if others == 1 else _two_way(x, first, second)
-    rows = float(x.var()) / variance if variance > 0 else groups
     quantile = float(stats.t.ppf(upper_tail(level), freedom))
+    if others == 1:
+        variance = max(variance, float(x.var()) / len(x) / quantile**2)
+    rows = float(x.var()) / variance if variance > 0 else groups
     low, high = score_limits(x.mean(), rows * yes_or_no_worth(x), quantile)
     return lo + (hi - lo) * float(low), lo + (hi - lo) * float(high)
 
 
 def _one_way(x: Array, codes: Array) -> tuple[float, float]:
-    """Variance of the mean of x [n], at least that of independent rows, and its degrees of freedom.
+    """Variance of the mean of x [n] between clusters, and its degrees of freedom; infinitely many where x does not vary.
 
     Clusters of unequal size count as (sum n_g)^2 / sum n_g^2 equal ones.
     """
     sizes = np.bincount(codes)
     sums = np.bincount(codes, weights=x - x.mean())
     between = float((sums**2).sum()) * len(sizes) / (len(sizes) - 1) / len(x) ** 2
-    variance = max(between, float(x.var()) / len(x))
-    return variance, max(1.0, len(x) ** 2 / float((sizes.astype(float) ** 2).sum()) - 1) if variance else math.inf
+    freedom = len(x) ** 2 / float((sizes.astype(float) ** 2).sum()) - 1
+    return between, max(1.0, freedom) if np.ptp(x) else math.inf
 
 
 def _two_way(x: Array, rows: Array, columns: Array) -> tuple[float, float]:
