@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
+from resafe.files import scratch
 from resafe.mitigation import Run
-from resafe.mitigations._updates import adapter_of
 from resafe.models import is_adapter
+from resafe.weights import adapter_of
 
 if TYPE_CHECKING:
     from resafe.models import Loaded
@@ -34,17 +34,14 @@ def as_full(run: Run, name: str, tuned: Path, base: Path) -> Iterator[Path]:
     if not is_adapter(tuned):
         yield tuned
         return
-    from resafe.weights import check_tokenizers, merge_into
-    from resafe.weights.writer import copy_beside
+    from resafe.weights import merge_into
+    from resafe.weights.writer import TOKENS, copy_beside
 
-    check_tokenizers(tuned, base)
     adapter_of(tuned, base)
     run.log(f"{name}: the LoRA is merged into its base; the result is a full checkpoint")
-    home = run.output.absolute().parent
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home, prefix=f".{run.output.name}.merged-") as tmp:
-        merged = merge_into(base, tuned, Path(tmp) / "merged")
-        copy_beside(tuned, merged)
+    with scratch(run.output, "merged") as tmp:
+        merged = merge_into(base, tuned, tmp / "merged")
+        copy_beside(tuned, merged, TOKENS)  # what the adapter was trained with
         yield merged
 
 

@@ -7,7 +7,6 @@ replay (benign prompts, the user's own among them, answered by the fine-tuned mo
 from __future__ import annotations
 
 import random
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from pydantic import Field
 
 from resafe import models
 from resafe.errors import ResafeError
-from resafe.files import check_free
+from resafe.files import check_free, scratch
 from resafe.generate import Answer, generate
 from resafe.guards import is_refusal, load_guard
 from resafe.heldout import drop_overlap
@@ -73,12 +72,11 @@ class Realigner(Mitigation):
         check_free(run.output)
         if run.tuned is None:
             raise ResafeError("there is no fine-tuned checkpoint to repair.")
-        run.output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=run.output.parent, prefix=".resafe-realign-") as tmp:
-            loaded = models.load(self._home(run.tuned, Path(tmp)), quantise=self.load_in_4bit)
+        with scratch(run.output, "realign") as tmp:
+            loaded = models.load(self._home(run.tuned, tmp), quantise=self.load_in_4bit)
             parts = self.parts(run, loaded)
-            adapter = Path(tmp) / "adapter"
-            trained = self.train(run, loaded, parts, Path(tmp) / "trainer")
+            adapter = tmp / "adapter"
+            trained = self.train(run, loaded, parts, tmp / "trainer")
             trained.save_pretrained(adapter)
             return export(run.tuned, adapter, run.output)
 

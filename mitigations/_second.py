@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
 from resafe.mitigation import Run
-from resafe.mitigations._updates import adapter_of
 from resafe.models import is_adapter
 from resafe.rows import Row
+from resafe.weights import adapter_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from resafe.sft import SFTSettings
-    from resafe.weights import Twin
+    from resafe.weights import Pair, Twin
 
 Update = Callable[["Twin", Any], Any]  # a weight (which rows of it), W_aligned -> W_second - W_aligned, or None
 
@@ -47,47 +47,64 @@ def trained(run: Run, kind: str, aligned: Path, rows: Sequence[Row], settings: S
     return folder
 
 
-def update_of(folder: Path, aligned: Path) -> Update:
-    """W_second - W_aligned, weight by weight; None where the second model does not differ or has no such tensor."""
+def update_of(folder: Path, pair: Pair) -> Update:
+    """W_second - W_aligned for the weights of `pair`; None where the second model, an adapter, does not touch one.
+
+    Raises ResafeError, before any arithmetic, for a second model that does not fit the aligned one, or does not differ from it.
+    """
+    return _adapter_update(folder, pair) if is_adapter(folder) else _full_update(folder, pair)
+
+
+def _full_update(folder: Path, pair: Pair) -> Update:
     from resafe.weights import Checkpoint, check_tokenizers, counterparts, wide
+    from resafe.weights.pair import COMPUTED, some
 
-    if is_adapter(folder):
-        return _adapter_update(folder, aligned)
     model = Checkpoint(folder).plain()
-    check_tokenizers(aligned, folder)
-    there = counterparts(Checkpoint(aligned).names(), model)
+    check_tokenizers(pair.aligned.folder, folder)
+    known = [t for t in pair.twins if t.aligned is not None and pair.aligned.floating(t.aligned) and not COMPUTED.search(t.name)]
+    there = counterparts([t.name for t in known], model)
+    if lost := [t.name for t in known if t.name not in there]:
+        raise ResafeError(f"{folder} lacks {len(lost)} tensors of {pair.aligned.folder}: {some(lost)}. Is it the same architecture?")
+    for twin in known:
+        ours, theirs = pair.aligned.shape(str(twin.aligned)), model.shape(there[twin.name])
+        if ours[1:] != theirs[1:] or (ours != theirs and not twin.vocabulary):
+            raise ResafeError(f"tensor {twin.name} has shape {list(ours)} in {pair.aligned.folder} and {list(theirs)} in {folder}: these are different architectures.")
+    if all(model.tensor(there[t.name]).equal(pair.aligned.tensor(str(t.aligned))) for t in known):  # as a rule the first differs
+        raise ResafeError(f"{folder} has the weights of {pair.aligned.folder}: name a model that was fine-tuned from it.")
 
-    def full(twin: Twin, theirs: Tensor) -> Tensor | None:
-        name = str(twin.aligned)
-        if name not in there:
+    def update(twin: Twin, theirs: Tensor) -> Tensor | None:
+        if twin.name not in there:
             return None
-        if (shape := model.shape(there[name]))[1:] != theirs.shape[1:]:
-            raise ResafeError(f"tensor {name} has rows of shape {list(theirs.shape[1:])} in {aligned} and {list(shape[1:])} in {folder}: these are different architectures.")
+        name = there[twin.name]
         first, last = twin.rows or (0, len(theirs) if theirs.ndim else 1)
-        common = min(last, model.height(there[name]))  # a vocabulary that one of them has grown
+        common = min(last, model.height(name))  # a vocabulary that one of them has grown
         if common <= first:
             return None
-        other = wide(model.finite(there[name], first, common)).to(theirs.dtype)
+        other = wide(model.finite(name, first, common)).to(theirs.dtype)
         if other.shape == theirs.shape:
             return other - theirs
         found = theirs - theirs
         found[: len(other)] = other - theirs[: len(other)]
         return found
 
-    return full
+    return update
 
 
-def _adapter_update(folder: Path, aligned: Path) -> Update:
+def _adapter_update(folder: Path, pair: Pair) -> Update:
     """s B A, laid out as the weight is."""
-    from resafe.weights import Checkpoint, counterparts
+    from resafe.weights import translate
     from resafe.weights._merge import oriented
 
-    adapter, model = adapter_of(folder, aligned), Checkpoint(aligned)
+    adapter = adapter_of(folder, pair.aligned.folder)
     weights = {f"{name}.weight": module for name, module in adapter.modules.items()}
-    modules = {there: weights[name] for name, there in counterparts(weights, model).items()}
+    there = translate(weights, [t.name for t in pair.twins])
+    if lost := sorted(weights.keys() - there.keys()):
+        raise ResafeError(f"{folder} adapts {lost[0]}, of which {pair.tuned.folder} has no tensor of its own: merge that adapter into {pair.aligned.folder} and name the full checkpoint.")
+    if not any(bool(adapter.tensor(m.b).any()) and bool(adapter.tensor(m.a).any()) for m in weights.values()):
+        raise ResafeError(f"the adapter {folder} changes nothing: its B (or A) is zero throughout.")
+    modules = {there[name]: module for name, module in weights.items()}
 
-    def thin(twin: Twin, theirs: Tensor) -> Tensor | None:
-        name = str(twin.aligned)
-        return oriented(model, adapter, modules[name], theirs) if name in modules else None
+    def update(twin: Twin, theirs: Tensor) -> Tensor | None:
+        return oriented(pair.aligned, adapter, modules[twin.name], theirs) if twin.name in modules else None
 
-    return thin
+    return update

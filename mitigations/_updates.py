@@ -12,6 +12,7 @@ from resafe.errors import ResafeError
 from resafe.files import write_json
 from resafe.mitigation import Run
 from resafe.models import base_of, is_adapter
+from resafe.weights import adapter_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +85,8 @@ def _of_checkpoint(run: Run, alignment: Alignment, tuned: Path, operator: Operat
         d = alignment.each(there, wide(pair.tuned.finite(twin.tuned)) - wide(pair.aligned.finite(there)))
         for which, v in alignment.directions(there).items():
             if bool(d[which].any()):
-                made = operator(v)
-                at = cosine(made.apply(d[which]), d[which])
+                made, x = operator(v), d[which].to(v.dtype)
+                at = cosine(made.apply(x), x)
                 found.append(Decision(twin.name + which, score(made, at), at))
         done.add(pair.tuned.nbytes(twin.tuned))
     return found
@@ -128,7 +129,7 @@ def apply_to_checkpoint(
         new, old, target = (alignment.each(there, value) for value in (ours, theirs, result))
         for which, v in alignment.directions(there).items():
             if twin.name + which in chosen:
-                target[which].copy_(old[which] + edited(operator(v), new[which] - old[which]))
+                target[which].copy_(old[which] + edited(operator(v), (new[which] - old[which]).to(v.dtype)))
         return result
 
     return _recorded(write_checkpoint(tuned, run.output, pair.edit(rule), config=pair.config), file, about)
@@ -149,21 +150,6 @@ def adapted(adapter: Adapter, alignment: Alignment) -> dict[str, Module]:
     there = translate(weights, alignment.aligned.names())
     matrices = set(alignment.matrices())
     return {there[n]: module for n, module in sorted(weights.items()) if there.get(n) in matrices}
-
-
-def adapter_of(tuned: Path, aligned: Path) -> Adapter:
-    """The adapter in `tuned`, refused unless its base is `aligned`: its update is relative to that model."""
-    from resafe.weights import Adapter, Checkpoint, check_copies, same_weights
-
-    adapter = Adapter(tuned)
-    base, model = base_of(tuned), Checkpoint(aligned)
-    if base.resolve() != aligned.resolve() and not same_weights(Checkpoint(base), model):
-        raise ResafeError(
-            f"the adapter {tuned} was trained on {base}, whose weights are not those of {aligned}: name that base with --aligned, "
-            "or merge the adapter into it and restore the full checkpoint."
-        )
-    check_copies(model, adapter)
-    return adapter
 
 
 def _recorded(folder: Path, file: str, about: Mapping[str, Any]) -> Path:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Antidote(Mitigation):
     """Full checkpoint out, also of a LoRA: single entries of W are edited. Embeddings, head and 1-D tensors stay as fine-tuned."""
 
-    needs: ClassVar[Needs] = Needs(safety=True, quantised=False)
+    needs: ClassVar[Needs] = Needs(safety=True, quantised=False, makes_full=True)
     dose: ClassVar[tuple[str, tuple[float, ...]]] = ("share", (0.01, 0.03, 0.1, 0.2, 0.3, 0.5))
 
     share: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="of each row of a weight, what is pruned")

@@ -20,8 +20,8 @@ from resafe.errors import ResafeError
 from resafe.files import check_free
 from resafe.mitigation import Mitigation, Needs, Run
 from resafe.mitigations._second import trained, update_of
-from resafe.mitigations._updates import adapter_of
 from resafe.models import base_of, is_adapter
+from resafe.weights import adapter_of
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -95,7 +95,7 @@ class Resta(Mitigation):
         from resafe.weights import Checkpoint, Pair, write_checkpoint
 
         pair = Pair(Checkpoint(tuned), Checkpoint(aligned), run.log)
-        away = update_of(unaligned, aligned)
+        away = update_of(unaligned, pair)
 
         def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
             made = ours if not self.drop else theirs + dare(ours - theirs, self.drop, _generator(run.seed, twin.name))

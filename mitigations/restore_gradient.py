@@ -14,7 +14,6 @@ float32 gradients of its linear weights.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from resafe.errors import ResafeError
-from resafe.files import check_free, write_json
+from resafe.files import check_free, scratch, write_json
 from resafe.mitigation import Mitigation, Needs, Run
 from resafe.mitigations._calibrated import as_full, by_module, sampled, two_models
 from resafe.rows import prompt_of
@@ -43,7 +42,7 @@ RECORD = "restore_gradient.json"
 class RestoreGradient(Mitigation):
     """Full checkpoint out, also of a LoRA: single entries of W are edited. Embeddings, head and 1-D tensors stay as fine-tuned."""
 
-    needs: ClassVar[Needs] = Needs(aligned=True, safety=True, quantised=False)
+    needs: ClassVar[Needs] = Needs(aligned=True, safety=True, quantised=False, makes_full=True)
     dose: ClassVar[tuple[str, tuple[float, ...]]] = ("rate", (0.005, 0.01, 0.02, 0.05, 0.1, 0.2))
 
     rate: float = Field(0.01, ge=0, le=1, allow_inf_nan=False, description="share of every weight's entries that one round copies")
@@ -185,10 +184,9 @@ class _Utility:
         from resafe.weights import write_checkpoint
 
         assert self._run.measure is not None
-        pair, home = self._restored.pair, self._run.output.absolute().parent
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home, prefix=f".{self._run.output.name}.try-") as tmp:
-            folder = write_checkpoint(pair.tuned.folder, Path(tmp) / "try", pair.edit(self._restored.rule), config=pair.config)
+        pair = self._restored.pair
+        with scratch(self._run.output, "try") as tmp:
+            folder = write_checkpoint(pair.tuned.folder, tmp / "try", pair.edit(self._restored.rule), config=pair.config)
             found = self._run.measure(folder)
         self._run.log(f"restore_gradient: utility {found:.4f}")
         return found

@@ -20,8 +20,8 @@ from resafe.errors import ResafeError
 from resafe.files import check_free
 from resafe.mitigation import Mitigation, Needs, Run
 from resafe.mitigations._calibrated import by_module, sampled, two_models
-from resafe.mitigations._updates import adapter_of
 from resafe.models import base_of, is_adapter
+from resafe.weights import adapter_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ class RestoreRank(Mitigation):
     needs: ClassVar[Needs] = Needs(aligned=True, safety=True, quantised=False)
     dose: ClassVar[tuple[str, tuple[float, ...]]] = ("rank", (4, 8, 16, 32, 64, 128))
 
-    rank: int = Field(32, ge=1, description="directions restored per weight, at most its number of outputs")
+    rank: int = Field(32, ge=1, description="directions restored per weight, at most those that its outputs take")
     utility_rank: int = Field(0, ge=0, description="directions per weight, of benign answers, that are left as fine-tuned")
     strength: float = Field(1.0, ge=0, le=1, allow_inf_nan=False, description="1 puts the aligned weights back along the directions")
     rows: int = Field(128, ge=1, description="refusals, and benign rows, that are looked at")
@@ -73,18 +73,19 @@ class RestoreRank(Mitigation):
 
     def _adapter(self, run: Run, tuned: Path, aligned: Path) -> Path:
         """D = s B A, so that D - strength P D = s (B - strength P B) A."""
-        from resafe.weights import Checkpoint, check_tokenizers, translate, wide, write_adapter
+        from resafe.weights import Checkpoint, translate, wide, write_adapter
 
-        check_tokenizers(tuned, aligned)
         adapter, model = adapter_of(tuned, aligned), Checkpoint(aligned).plain()
         layers = self._layers(run, aligned, model.names())
         modules = {f"{name}.weight": module for name, module in adapter.modules.items()}
         tensors = {name: adapter.finite(name) for name in adapter.names()}
-        for name, there in translate(modules, model.names()).items():
-            if there in layers:
-                b = tensors[modules[name].b]
-                back = self._projected(layers[there], layers[there].turn(wide(model.finite(there))), wide(b))
-                tensors[modules[name].b] = (wide(b) - self.strength * back).to(b.dtype)
+        known = {name: there for name, there in translate(modules, model.names()).items() if there in layers}
+        if not known:
+            raise ResafeError(f"restore_rank: {tuned} adapts no linear layer, such as {min(modules)}: there is nothing that it could restore.")
+        for name, there in known.items():
+            b = tensors[modules[name].b]
+            back = self._projected(layers[there], layers[there].turn(wide(model.finite(there))), wide(b))
+            tensors[modules[name].b] = (wide(b) - self.strength * back).to(b.dtype)
         config = {**adapter.config, "base_model_name_or_path": str(base_of(tuned).absolute())}
         return write_adapter(tuned, run.output, config, tensors)
 

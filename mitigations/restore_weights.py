@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from resafe.errors import ResafeError
-from resafe.files import check_free, write_json
+from resafe.files import check_free, scratch, write_json
 from resafe.mitigation import Mitigation, Needs, Run
-from resafe.mitigations._updates import adapter_of
 from resafe.models import base_of, is_adapter
+from resafe.weights import adapter_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,10 +90,9 @@ class RestoreWeights(Mitigation):
         start = _utility(run, tuned)
         curve = [{"strength": 0.0, "utility": start}]
         run.log(f"utility {start:.4f} as fine-tuned")
-        run.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=run.output.absolute().parent, prefix=f".{run.output.name}.tries-") as tries:
+        with scratch(run.output, "tries") as tries:
             for strength in sorted(set(self.grid), reverse=True):  # utility need not be monotone: try from the top
-                candidate = self._restore(run, tuned, aligned, strength, Path(tries) / f"{strength:g}")
+                candidate = self._restore(run, tuned, aligned, strength, tries / f"{strength:g}")
                 utility = _utility(run, candidate)
                 curve.append({"strength": strength, "utility": utility})
                 run.log(f"utility {utility:.4f} at strength {strength:g}")

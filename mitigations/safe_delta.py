@@ -35,7 +35,7 @@ WIDTH = 4096  # rows for which the paper's strength is stated
 class SafeDelta(Mitigation):
     """Full checkpoint out, also of a LoRA: single entries of W are edited. One pass over the refusals for all layers at once."""
 
-    needs: ClassVar[Needs] = Needs(aligned=True, safety=True, quantised=False)
+    needs: ClassVar[Needs] = Needs(aligned=True, safety=True, quantised=False, makes_full=True)
     dose: ClassVar[tuple[str, tuple[float, ...]]] = ("strength", (1e4, 1e3, 100, 10, 1, 0.1))
 
     strength: float = Field(0.1, ge=0, allow_inf_nan=False, description="s, the safety budget: how much of the update is let through")

@@ -20,8 +20,9 @@ from resafe.files import check_free, write_json
 from resafe.mitigation import Needs, Run
 from resafe.mitigations._leaving import Leaving
 from resafe.mitigations._second import trained, update_of
-from resafe.mitigations._updates import EXPERT, adapted, adapter_of, decide, fingerprints
+from resafe.mitigations._updates import EXPERT, adapted, decide, fingerprints
 from resafe.models import base_of, is_adapter
+from resafe.weights import adapter_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +60,9 @@ class SafeMerge(Leaving):
         """Write the repaired checkpoint or adapter to `run.output`, with the scores in safe_merge.json."""
         check_free(run.output)
         tuned, aligned, base = fingerprints(run, "safe_merge")
-        safe = self.safe or self._trained(run, aligned)
         scores = decide(run, tuned, aligned, base, self.operator, self.score)
         chosen = self.chosen("safe_merge", scores)
+        safe = self.safe or self._trained(run, aligned)
         run.log(f"safe_merge: {len(chosen)} of {len(scores)} weights leave the directions of alignment; merged")
         if is_adapter(tuned):
             written = self._adapter(run, tuned, aligned, base, safe, chosen)
@@ -99,7 +100,8 @@ class SafeMerge(Leaving):
         from resafe.weights.alignment import Alignment
 
         alignment = Alignment(aligned, base)
-        pair, update = Pair(Checkpoint(tuned), alignment.aligned, run.log), update_of(safe, aligned)
+        pair = Pair(Checkpoint(tuned), alignment.aligned, run.log)
+        update = update_of(safe, pair)
         touched = {EXPERT.sub("", name) for name in chosen}
 
         def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:

@@ -70,14 +70,9 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
     What killed runs left of the same target is removed first. Raises ResafeError before any work if `target` exists and is not empty (unless `overwrite`).
     """
-    target = target.absolute()
     check_free(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
-    held = os.open(tmp, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    target = target.resolve()  # a link to an empty folder stays one
+    with _held(target, "partial") as tmp:
         tmp.chmod(0o755)
         yield tmp
         for path in (*tmp.rglob("*"), tmp):
@@ -88,16 +83,34 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(target)
         os.replace(tmp, target)
         _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def scratch(near: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder beside `near` for as long as the block runs. What killed runs left of the same name is removed first."""
+    with _held(near.absolute(), name) as folder:
+        yield folder
+
+
+@contextmanager
+def _held(target: Path, name: str) -> Iterator[Path]:
+    """A hidden folder beside `target` that this process holds a lock on; it is gone afterwards, unless it was moved."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.{name}-"
+    _sweep(target.parent, prefix)
+    tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+    held = os.open(tmp, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield tmp
     finally:
+        shutil.rmtree(tmp, ignore_errors=True)
         os.close(held)
 
 
-def _sweep(target: Path) -> None:
-    """Remove unfinished folders of `target` that no living process holds: their lock went with the process."""
-    for left in target.parent.glob(f"{glob.escape(f'.{target.name}.partial-')}*"):
+def _sweep(parent: Path, prefix: str) -> None:
+    """Remove the folders of that name that no living process holds: their lock went with the process."""
+    for left in parent.glob(f"{glob.escape(prefix)}*"):
         fd = os.open(left, os.O_RDONLY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +123,11 @@ def _sweep(target: Path) -> None:
 
 
 def check_free(target: Path, overwrite: bool = False) -> None:
-    """Refuse an output folder that already holds something."""
+    """Refuse an output folder that already holds something, or that cannot be put in place as a whole."""
+    if target.is_symlink() and not target.exists():
+        raise ResafeError(f"output {target} is a link to {os.readlink(target)}, which does not exist: make that folder, or remove the link.")
+    if target.is_mount():
+        raise ResafeError(f"output {target} is a mount point, which a finished folder cannot replace: name a folder inside it.")
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise ResafeError(f"output {target} exists already: name another folder, or remove it first.")
 

@@ -34,6 +34,7 @@ class Needs:
     lora: bool = True
     full: bool = True
     quantised: bool = True  # a base that is already stored in 4 or 8 bits
+    makes_full: bool = False  # what a repair makes of a LoRA is a full checkpoint
     stream: bool = False  # the data hook asks how many rows there are, not what they say, so a stream of rows will do
 
 

@@ -19,6 +19,9 @@ PLAIN = frozenset(
 )
 
 
+INDEX = "model.safetensors.index.json"
+
+
 @dataclass
 class Loaded:
     """A model ready to run (eval mode) with its tokenizer; `folder` is where it came from."""
@@ -37,7 +40,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """A JSON object from a model folder. Raises ResafeError when it is not one."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResafeError(f"{file} cannot be read as JSON ({error}).") from None
     if not isinstance(value, dict):
         raise ResafeError(f"{file} does not hold a JSON object.")
@@ -60,6 +63,8 @@ def vet(folder: Path) -> Path:
     config = read_config(folder / "config.json")
     if "auto_map" in config:
         raise ResafeError(f"{folder}/config.json asks for its own Python code (auto_map); resafe does not run remote code.")
+    if (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
+        weight_map(folder)
     if not list(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin"))
         way_out = "convert its .bin files to safetensors first" if pickled else "save the model there first"
@@ -67,13 +72,25 @@ def vet(folder: Path) -> Path:
     return folder
 
 
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> shard, from the index of a sharded checkpoint. Raises ResafeError where a shard is not a file of that folder."""
+    mapping = read_config(folder / INDEX).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise ResafeError(f"{folder / INDEX} has no weight_map: copy or download it again.")
+    if outside := [s for s in mapping.values() if not isinstance(s, str) or Path(s).name != s]:
+        raise ResafeError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of that folder.")
+    return mapping
+
+
 def base_of(adapter: Path) -> Path:
     """The vetted folder of the model that an adapter was trained on."""
     name = read_config(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise ResafeError(f"{adapter}/adapter_config.json does not name its base model (base_model_name_or_path).")
     for candidate in (Path(name), adapter / name):
         if candidate.is_dir():
+            if is_adapter(candidate):
+                raise ResafeError(f"the base model of adapter {adapter} is {name}, an adapter itself: merge that one into its base first.")
             return vet(candidate)
     raise ResafeError(f"the base model of adapter {adapter} is not here: {name}. Put the folder there, or edit adapter_config.json.")
 

@@ -20,6 +20,8 @@ from resafe.files import digest, write_json
 
 SUFFIXES = frozenset([".safetensors", ".json", ".jinja", ".model", ".txt"])
 RECORD = ".fetched"  # name -> what the remote file was when it was copied
+# Of what a file system tells of a file: what says nothing of its content, or changes when it is read.
+SAYS_NOTHING = frozenset(["name", "Key", "type", "StorageClass", "islink", "mode", "uid", "gid", "nlink", "time", "atime", "accessed", "last_accessed", "accessTime"])
 
 
 def is_url(model: str) -> bool:
@@ -41,7 +43,7 @@ def fetch(url: str, log: Callable[[str], None] = lambda _: None) -> Path:
     except Exception as error:  # every file system has errors of its own
         raise _failed(url, error) from None
     if not files:
-        raise ResafeError(f"{_shown(url)} holds no model: no safetensors or JSON files are there.")
+        raise ResafeError(f"{shown(url)} holds no model: no safetensors or JSON files are there.")
     folder = cache_home() / "models" / f"{Path(there).name}-{digest(url)[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -50,11 +52,12 @@ def fetch(url: str, log: Callable[[str], None] = lambda _: None) -> Path:
         for name in {p.name for p in folder.iterdir()} - files.keys() - {RECORD}:
             (folder / name).unlink()
         for name, info in files.items():
-            version = digest([str(info.get(k)) for k in ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "created", "blob_id")])
-            if record.get(name) != version or not (folder / name).is_file():
-                log(f"fetching {name} ({(info.get('size') or 0) / 1e9:.2f} GB) from {_shown(url)}")
+            told = {k: str(v) for k, v in sorted(info.items()) if k not in SAYS_NOTHING}
+            version = digest(told) if told.keys() - {"size"} else None  # a size alone does not say whether a file has changed
+            if version is None or record.get(name) != version or not (folder / name).is_file():
+                log(f"fetching {name} ({(info.get('size') or 0) / 1e9:.2f} GB) from {shown(url)}")
                 _copy(system, info, folder / name, url)
-                record[name] = version
+                record[name] = version or ""
                 write_json(folder / RECORD, record)
     return folder
 
@@ -85,7 +88,7 @@ def _copy(system: Any, info: dict[str, Any], target: Path, url: str) -> None:
         system.get_file(info["name"], part)
         size = Path(part).stat().st_size
         if info.get("size") not in (None, size):
-            raise ResafeError(f"{target.name} from {_shown(url)} broke off at {size} of {info['size']} bytes: run the same command again.")
+            raise ResafeError(f"{target.name} from {shown(url)} broke off at {size} of {info['size']} bytes: run the same command again.")
         os.replace(part, target)
     except ResafeError:
         raise
@@ -103,12 +106,12 @@ def _record(folder: Path) -> dict[str, str]:
 
 def _failed(url: str, error: Exception) -> ResafeError:
     if isinstance(error, ImportError):
-        return ResafeError(f"{_shown(url)} cannot be read: {first_line(error)}")
+        return ResafeError(f"{shown(url)} cannot be read: {first_line(error)}")
     if isinstance(error, FileNotFoundError):
-        return ResafeError(f"there is no folder at {_shown(url)}.")
-    return ResafeError(f"{_shown(url)} cannot be read ({type(error).__name__}: {_shown(first_line(error))}).")
+        return ResafeError(f"there is no folder at {shown(url)}.")
+    return ResafeError(f"{shown(url)} cannot be read ({type(error).__name__}: {shown(first_line(error))}).")
 
 
-def _shown(text: str) -> str:
-    """Text without user names and passwords of the URLs in it."""
-    return re.sub(r"://[^/@\s]*@", "://", text)
+def shown(text: str) -> str:
+    """Text without the user names, passwords and queries (signatures, tokens) of the URLs in it."""
+    return re.sub(r"(\w://)(?:\S*@)?([^\s?]*)(\?\S*)?", r"\1\2", text)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from resafe.errors import ResafeError
-from resafe.files import digest, new_folder, write_json, write_text
+from resafe.files import check_free, digest, new_folder, scratch, write_json, write_text
 
 
 def test_a_failing_block_leaves_no_folder(tmp_path: Path) -> None:
@@ -46,3 +46,30 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
 def test_a_digest_does_not_depend_on_key_order() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+def test_a_link_to_an_empty_folder_is_filled_and_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("x")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "elsewhere" / "a").read_text() == "x"
+
+
+def test_outputs_that_cannot_be_put_in_place_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(ResafeError, match="link to nowhere"):
+        check_free(tmp_path / "dangling")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "disk")
+    with pytest.raises(ResafeError, match="mount point.*folder inside it"):
+        check_free(tmp_path / "disk")
+    check_free(tmp_path / "disk" / "inside")
+
+
+def test_scratch_is_gone_afterwards_and_what_killed_runs_left_goes_with_the_next(tmp_path: Path) -> None:
+    left = tmp_path / ".out.tries-killed"
+    left.mkdir()
+    with scratch(tmp_path / "out", "tries") as one, scratch(tmp_path / "out", "tries") as two:
+        assert not left.exists() and one.is_dir() and two.is_dir(), "those of living runs stay"
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from resafe import lab, models, remote
-from resafe.cli import cli
+from resafe.cli import cli, main
 from resafe.errors import ResafeError
 from resafe.remote import fetch
 
@@ -94,6 +94,49 @@ def test_what_cannot_be_read_is_one_line_without_passwords(url: str, said: str) 
 @pytest.mark.parametrize(("model", "url"), [("s3://b/m", True), ("hf://u/m", True), ("C:/m", False), ("a/b", False), ("lab:base", False)])
 def test_urls_are_told_from_folders(model: str, url: bool) -> None:
     assert remote.is_url(model) is url
+
+
+@pytest.mark.parametrize(
+    ("told", "again"),
+    [({"modify": "20260101"}, "20260102"), ({"sha": "a"}, "b"), ({"modificationTime": 1}, 2), ({}, None), ({"time": 5.0, "mtime": 1}, None)],
+)
+def test_whatever_a_file_system_tells_of_a_change_counts_and_where_it_tells_nothing_all_is_copied(
+    told: dict[str, Any], again: Any, bucket: Any, request: pytest.FixtureRequest
+) -> None:
+    def listed(self: Any, path: str, detail: bool = True, **_: Any) -> Any:
+        return [{"name": "/bucket/tuned/config.json", "size": 2, "type": "file", **told}]
+
+    bucket.pipe_file("/bucket/tuned/config.json", b"{}")
+    lines: list[str] = []
+    patch = request.getfixturevalue("monkeypatch")
+    patch.setattr(type(bucket), "ls", listed)
+    request.addfinalizer(patch.undo)
+    fetch(URL, lines.append)
+    fetch(URL, lines.append)
+    assert len(lines) == (1 if told else 2)
+    if "time" in told:  # when it was last read
+        told["time"] = 6.0
+        fetch(URL, lines.append)
+        assert len(lines) == 1
+    elif told:
+        told[next(iter(told))] = again
+        bucket.pipe_file("/bucket/tuned/config.json", b"[]")
+        assert (fetch(URL, lines.append) / "config.json").read_text() == "[]" and len(lines) == 2
+
+
+@pytest.mark.parametrize("url", ["s3://KEY:SECRET@b/m", "sftp://u:p@SECRET@host/m", "s3://AKIA:a/SECRET@b/m", "https://b/m?sig=SECRET", "hf://SECRET@u/m"])
+def test_nothing_secret_in_a_url_is_shown(url: str) -> None:
+    said = remote.shown(f"no such model: {url}, look again")
+    assert "SECRET" not in said and said.startswith("no such model: ") and said.endswith("look again")
+
+
+def test_the_command_line_shows_no_secret_wherever_the_url_stands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], aligned: Path) -> None:
+    for more in (["-o", "s3://KEY:SECRET@b/out"], ["-o", "out", "-m", "resta:unaligned=s3://KEY:SECRET@b/m"]):
+        monkeypatch.setattr("sys.argv", ["resafe", "repair", str(aligned), "--aligned", str(aligned), "-m", "restore_weights", *more])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and "SECRET" not in err and err.startswith("resafe: ")
 
 
 def test_repair_reads_urls_and_writes_folders(bucket: Any, tmp_path: Path) -> None:

@@ -62,5 +62,7 @@ def main() -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    click.echo(f"resafe: {message}", err=True)
+    from resafe.remote import shown
+
+    click.echo(f"resafe: {shown(message)}", err=True)
     sys.exit(code)

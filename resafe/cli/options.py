@@ -16,7 +16,7 @@ FOLDER = click.Path(path_type=Path)
 def local(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
     """Refuse a URL where a folder is written: uploads could not appear whole or not at all."""
     if ":/" in str(value):  # pathlib makes one slash of two
-        raise ResafeError(f"--output is a local folder; found the URL {value}: write it here, then copy it there.")
+        raise ResafeError("--output is a local folder, and a URL was given: write it here, then copy it there.")
     return value
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,23 @@ def describe(named: Sequence[Named], safety: SafetyRows | None, seed: int) -> di
     }
 
 
-def link_copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint folder: weights, which nobody edits in place, by hard link where the file system allows it."""
+def link_copy(source: Path, target: Path, ours: bool = True) -> None:
+    """Copy a checkpoint folder: weights, which nobody edits in place, by hard link where the file system allows it.
+
+    Of a folder that is not `ours`, what belongs to the model: neither optimiser states nor code.
+    """
+    from resafe.weights.writer import copy_beside
+
     target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if not file.is_file() or file.name == manifest.NAME:
+    copy_beside(source, target)
+    for file in source.iterdir() if ours else [*source.glob("*.safetensors"), *source.glob("*.safetensors.index.json")]:
+        if not file.is_file() or file.name == manifest.NAME or (target / file.name).exists():
             continue
         if file.suffix != ".safetensors" or not _linked(file.resolve(), target / file.name):
             shutil.copy2(file, target / file.name)
+    if not ours and models.is_adapter(source):
+        config = models.read_config(source / "adapter_config.json")
+        write_json(target / "adapter_config.json", {**config, "base_model_name_or_path": str(models.base_of(source).absolute())})
 
 
 def content(file: str | Path | None) -> str | None:
@@ -80,11 +91,12 @@ def content(file: str | Path | None) -> str | None:
 
 
 def state(folder: Path | None) -> list[Any] | None:
-    """A model folder as it is now: its path and its files' sizes and times. Cheap; a retrained model differs."""
+    """A model folder as it is now, an adapter's base with it: its path, and which files there are, unread. A retrained model differs."""
     if folder is None:
         return None
     files = [(f.name, f.stat()) for f in sorted(folder.iterdir()) if f.is_file()]
-    return [str(folder), [[name, s.st_size, s.st_mtime_ns] for name, s in files]]
+    found: list[Any] = [str(folder), [[name, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for name, s in files]]
+    return [*found, state(models.base_of(folder))] if models.is_adapter(folder) else found
 
 
 def _linked(source: Path, target: Path) -> bool:
@@ -97,21 +109,41 @@ def _linked(source: Path, target: Path) -> bool:
 
 @contextmanager
 def spending(work: Path) -> Iterator[dict[str, float]]:
-    """Measure a block (resafe.usage) into the mapping, with what an interrupted run had spent on the same work."""
+    """Measure a block (resafe.usage) into the mapping, with what an interrupted run had spent on the same work.
+
+    The block has `work` for itself. Raises ResafeError where another process is at it.
+    """
     note, total = work / "usage.json", dict[str, float]()
-    before = models.read_config(note) if note.is_file() else {}
+    with _alone(work):
+        before = models.read_config(note) if note.is_file() else {}
+        try:
+            with measured() as usage:
+                yield total
+        finally:
+            total |= added(before, asdict(usage))
+            if any(work.iterdir()):
+                write_json(note, total)
+            else:
+                work.rmdir()  # nothing was finished that a later run could go on from
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    work.mkdir(parents=True, exist_ok=True)
+    held = os.open(work, os.O_RDONLY)
     try:
-        with measured() as usage:
-            yield total
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResafeError(f"another run is at work on the same output (in {work}): wait for it, or name another output.") from None
+        yield
     finally:
-        total |= added(before, asdict(usage))
-        if work.is_dir():
-            write_json(note, total)
+        os.close(held)
 
 
 def workplace(output: Path, identity: Any) -> Path:
     """A hidden neighbour of `output` where an interrupted run finds what it had finished."""
-    return output.parent / f".{output.name}.work-{digest(identity)[:12]}"
+    return output.parent / f".{output.name}.work-{digest([version('resafe'), identity])[:12]}"
 
 
 def clear(output: Path) -> None:

@@ -85,6 +85,9 @@ def plan(
     )  # fmt: skip
     for m in named:
         m.mitigation.check(m.name, run)
+        if m.mitigation.needs.makes_full and models.is_adapter(run.tuned or home):
+            run.tuned = models.base_of(home)  # a full checkpoint of its kind: what the next one is given is not there yet
+    run.tuned = home
     inputs = [
         _run.state(home), _run.state(run.aligned), _run.state(run.base), _run.content(data),
         safety.sha256 if safety else None, _run.content(heldout), seed,
@@ -107,7 +110,7 @@ def perform(job: Job, search: Mapping[str, Any] | None = None, overlap: Mapping[
             m.mitigation.prepare(run)
         last = _run.chain(run, named, job.home, work)
     with new_folder(target) as folder:
-        _run.link_copy(last, folder)
+        _run.link_copy(last, folder, ours=last != job.home)
         manifest.write(folder, {
             "verb": "repair", "tuned": str(job.home), "aligned": str(run.aligned) if run.aligned else None,
             "base": str(run.base) if run.base else None, "before": before,

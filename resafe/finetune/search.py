@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ class Measuring:
         self.rows = job.heldout[:HELDOUT_LIMIT]
         judges = sorted({name for s in suites for name in panel(s.suite, how.judges)})
         prompts = [[s.suite.model_dump(mode="json"), [[c.id, c.key] for c in s.cases]] for s in suites]
-        identity = [*job.inputs, prompts, [get_judge(j).identity for j in judges], version("resafe")]
+        identity = [*job.inputs, prompts, [get_judge(j).identity for j in judges]]
         self.work = _run.workplace(job.run.output, identity)
         self.parts: list[Results] = []
         self.models: dict[str, str] = {}  # target -> fingerprint of what was measured

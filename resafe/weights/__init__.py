@@ -4,7 +4,7 @@ from resafe.weights._parts import Item, Part
 from resafe.weights._progress import Progress
 from resafe.weights._shards import Shards, wide
 from resafe.weights.checkpoint import Checkpoint, same_weights
-from resafe.weights.lora import Adapter, Module, check_copies, concat, merge_into, rescale
+from resafe.weights.lora import Adapter, Module, adapter_of, check_copies, concat, merge_into, rescale
 from resafe.weights.names import check_tokenizers, counterparts, translate
 from resafe.weights.pair import Pair, Rule, Twin
 from resafe.weights.writer import write_adapter, write_checkpoint
@@ -22,6 +22,7 @@ __all__ = [
     "Twin",
     "check_copies",
     "check_tokenizers",
+    "adapter_of",
     "concat",
     "counterparts",
     "merge_into",

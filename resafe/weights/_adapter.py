@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +92,24 @@ class Adapter(Shards):
         if len(sides) < 2:
             raise ResafeError(f"{self.folder} holds only one of lora_A and lora_B for {name}: save the adapter again.")
         a, b = self.shape(sides["A"]), self.shape(sides["B"])
-        rank = int(_setting(self.config, "rank_pattern", "r", name))
+        rank = int(self._setting("rank_pattern", "r", name))
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
             raise ResafeError(f"{name} in {self.folder} has A {list(a)} and B {list(b)}, which do not fit rank {rank}.")
-        alpha = _setting(self.config, "alpha_pattern", "lora_alpha", name)
+        alpha = self._setting("alpha_pattern", "lora_alpha", name)
         scale = alpha / sqrt(rank) if self.config.get("use_rslora") else alpha / rank
         return Module(name, sides["A"], sides["B"], rank, scale, "lora_embedding_" in sides["A"])
+
+    def _setting(self, patterns: str, default: str, module: str) -> float:
+        """A number of adapter_config.json: that of the first pattern which fits the module, as PEFT matches them, or the default."""
+        where, value = patterns, self.config.get(patterns) or {}
+        try:
+            own = [(pattern, v) for pattern, v in value.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+            where, value = (f"{patterns}.{own[0][0]}", own[0][1]) if own else (default, self.config.get(default, 8))  # 8 is PEFT's own
+            if isinstance(value, bool) or not isfinite(number := float(value)):
+                raise ValueError
+            return number
+        except (AttributeError, TypeError, ValueError, OverflowError, re.error):
+            raise ResafeError(f"{self.folder}/adapter_config.json: {where} is {value!r}, which cannot be used: repair the file or save the adapter again.") from None
 
     def base_name(self, name: str) -> str | None:
         """The base model's name of a tensor that PEFT saved along unchanged (embedding or head), None for a factor."""
@@ -108,13 +120,6 @@ class Adapter(Shards):
         """dW = s B A in float32, (out, in); (rows, width) for an embedding."""
         product = wide(self.finite(module.b)) @ wide(self.finite(module.a))
         return module.scale * (product.T if module.embedding else product)
-
-
-def _setting(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches them: the first that fits
-            return float(value)
-    return float(config.get(default, 8))  # PEFT's own default, of both
 
 
 def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from resafe.errors import ResafeError
 from resafe.weights._adapter import Adapter, Module
 from resafe.weights._parts import Part, copied
-from resafe.weights._shards import wide
+from resafe.weights._shards import stored, wide
 from resafe.weights.checkpoint import Checkpoint
 from resafe.weights.names import counterparts, translate
 from resafe.weights.writer import SHARD_BYTES, write_checkpoint
@@ -66,7 +66,7 @@ def _merged(model: Checkpoint, update: Adapter, places: dict[str, tuple[str, Mod
 def _sum(model: Checkpoint, update: Adapter, source: str, module: Module) -> Callable[[int, int], Tensor]:
     def compute(_first: int, _last: int) -> Tensor:
         weight = model.finite(source)
-        return (wide(weight) + oriented(model, update, module, weight)).to(weight.dtype)
+        return stored(wide(weight) + oriented(model, update, module, weight), weight.dtype, source)
 
     return compute
 
@@ -80,6 +80,8 @@ def oriented(model: Checkpoint, update: Adapter, module: Module, weight: Tensor)
             f"{module.name} has shape {list(weight.shape)} in {model.folder} and {list(delta.shape)} in {update.folder}: "
             "the adapter is of another model."
         )
+    if module.embedding:
+        return delta if fits else delta.T
     conv1d = update.config.get("fan_in_fan_out") or model.config.get("model_type") in CONV1D
     if fits and turned:
         return delta.T if conv1d and not module.vocabulary else delta

@@ -30,9 +30,13 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is stored (`start`, `stop`: bytes of `file`), and its header; `dtype` is the format's own name (F32, BF16, ...)."""
+    """Where a tensor is stored (`start`, `stop`: bytes of `file`), and its header; `dtype` is the format's own name (F32, BF16, ...).
+
+    `stamp` says which file that was when its header was read: a run that lasts hours must not mix two models.
+    """
 
     file: Path
+    stamp: tuple[int, ...]
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -60,14 +64,20 @@ def _entries(file: Path) -> dict[str, Entry]:
         with safe_open(str(file), framework="pt", device="cpu"):
             pass  # opening checks the header, its offsets and the file's size
         with file.open("rb") as stream:
+            stamp = _stamp(stream.fileno())
             size = int.from_bytes(stream.read(8), "little")
             header: dict[str, Any] = json.loads(stream.read(size))
     header.pop("__metadata__", None)
     first = 8 + size
     return {
-        name: Entry(file, e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0], first + e["data_offsets"][1])
+        name: Entry(file, stamp, e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0], first + e["data_offsets"][1])
         for name, e in header.items()
     }
+
+
+def _stamp(fd: int) -> tuple[int, ...]:
+    s = os.fstat(fd)
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
 
 
 def height(shape: tuple[int, ...]) -> int:
@@ -98,6 +108,8 @@ def _read(entry: Entry, first: int, last: int) -> Tensor:
     with undamaged(entry.file):
         fd = os.open(entry.file, os.O_RDONLY)
         try:
+            if _stamp(fd) != entry.stamp:
+                raise ResafeError(f"weights file {entry.file} was changed while it was being used: run the same command again.")
             while done < len(memory):
                 got = os.preadv(fd, [memory[done:]], at + done)
                 if got == 0:
@@ -165,14 +177,15 @@ class Shards:
     def finite(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """`tensor`, refused where it holds NaN or infinity: they would spread to whatever is computed from it."""
         value = self.tensor(name, first, last)
-        if self.floating(name) and not _finite(value):
+        if self.floating(name) and not is_finite(value):
             raise ResafeError(
                 f"tensor {name} in {self.file(name)} holds NaN or infinity: the training run diverged; use an earlier checkpoint."
             )
         return value
 
 
-def _finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
     # One NaN or infinity makes a sum infinite or NaN, which costs one pass; only a sum that overflows needs the second look.
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
@@ -182,3 +195,11 @@ def wide(value: Tensor) -> Tensor:
     import torch
 
     return value if value.dtype == torch.float64 else value.float()
+
+
+def stored(value: Tensor, dtype: Any, name: str) -> Tensor:
+    """`value` in the dtype that it is written in. Raises ResafeError where that, or the arithmetic before, left NaN or infinity."""
+    found = value.to(dtype)
+    if not is_finite(found):
+        raise ResafeError(f"tensor {name} would hold NaN or infinity as {str(dtype).removeprefix('torch.')}: use a smaller strength, or a model in a wider dtype.")
+    return found

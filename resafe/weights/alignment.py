@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,18 +11,24 @@ from resafe.weights._merge import CONV1D
 from resafe.weights._shards import wide
 from resafe.weights.checkpoint import Checkpoint, is_vocabulary
 from resafe.weights.names import check_tokenizers, counterparts
+from resafe.weights.pair import COMPUTED, some
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
+POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight", "positions_embed.weight")
 NOT_LINEAR = ("bias", "A_log")  # 2-D all the same: the biases of stacked experts, the states of state-space models
-STACKED_IN_OUT = ("gpt_oss", "aria", "aria_text", "llama4", "llama4_text")  # model types whose stacked experts are (expert, in, out)
+# Experts of a layer in one tensor, (expert, ., .), and which of its sides is the size of the hidden state.
+STACKED = re.compile(r"\.experts\.|\.(in|out)put_linear\.weight$")
+FROM_HIDDEN = re.compile(r"\.((gate|up|gate_up)_proj|w1|w3)(\.weight)?$|\.input_linear\.weight$")
+TO_HIDDEN = re.compile(r"\.(down_proj|w2)(\.weight)?$|\.output_linear\.weight$")
+# Where both sides are: model types whose experts are (expert, in, out).
+STACKED_IN_OUT = ("gpt_oss", "aria", "aria_text", "llama4", "llama4_text")
 
 
 class Alignment:
-    """Aligned model and the base that it was aligned from. Raises ResafeError where they do not fit or do not differ."""
+    """Aligned model and the base that it was aligned from. Raises ResafeError where they do not fit or their linear weights do not differ."""
 
     def __init__(self, aligned: Path, base: Path) -> None:
         self.aligned, self.base = Checkpoint(aligned).plain(), Checkpoint(base).plain()
@@ -29,6 +36,10 @@ class Alignment:
         self._there = counterparts(self.aligned.names(), self.base)
         if aligned.resolve() == base.resolve():
             raise ResafeError(f"{aligned} is given as the aligned model and as its base: name the model before alignment with --base.")
+        if lost := [n for n in self.aligned.names() if n not in self._there and self.aligned.floating(n) and not COMPUTED.search(n)]:
+            raise ResafeError(f"{base} lacks {len(lost)} tensors of {aligned}: {some(lost)}. Is it the model that this one was aligned from?")
+        if all(self.direction(n) is None for n in self.matrices()):  # as a rule the first of them differs
+            raise ResafeError(f"{aligned} and {base} have the same linear weights: name the model before alignment with --base.")
 
     def matrices(self) -> list[str]:
         """Names (of the aligned model) of the linear weights that both models have; neither embeddings nor heads.
@@ -43,7 +54,11 @@ class Alignment:
 
     def stacked(self, name: str) -> bool:
         """Whether the weight is a stack of experts' matrices."""
-        return ".experts." in name and len(self.aligned.shape(name)) == 3
+        return STACKED.search(name) is not None and len(self.aligned.shape(name)) == 3
+
+    def of_one_shape(self, name: str) -> bool:
+        """Whether both models have the weight, in one shape: a vocabulary may have grown."""
+        return name in self._there and self.aligned.shape(name) == self.base.shape(self._there[name])
 
     def direction(self, name: str) -> Tensor | None:
         """V of one weight, (out, in) in wide floats, also where it is stored turned (GPT-2); None where alignment left it as it was.
@@ -66,8 +81,20 @@ class Alignment:
         """`value`, laid out as the weight `name` is stored, as matrices (out, in), which are views: one, called "", or the experts of a stack."""
         if not self.stacked(name):
             return {"": value.T if self.turned(name) else value}
-        turned = self.aligned.config.get("model_type") in STACKED_IN_OUT
+        turned = self._in_out(name)
         return {f"[{i}]": matrix.T if turned else matrix for i, matrix in enumerate(value)}
+
+    def _in_out(self, name: str) -> bool:
+        """Whether the experts of a stack are stored as (in, out): by the side that has the hidden state's size, else by model type."""
+        config = self.aligned.config
+        hidden = config.get("hidden_size") or (config.get("text_config") or {}).get("hidden_size")
+        _, first, last = self.aligned.shape(name)
+        if (first == hidden) != (last == hidden):
+            if FROM_HIDDEN.search(name):
+                return bool(first == hidden)
+            if TO_HIDDEN.search(name):
+                return bool(last == hidden)
+        return config.get("model_type") in STACKED_IN_OUT
 
     def directions(self, name: str) -> dict[str, Tensor]:
         """V of each of the weight's matrices that alignment moved, (out, in), by what `each` calls them."""

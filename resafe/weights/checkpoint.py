@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from resafe.errors import ResafeError
-from resafe.models import is_adapter, read_config
+from resafe.models import INDEX, is_adapter, read_config, weight_map
 from resafe.weights._shards import DTYPES, Shards
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tokens_embed.weight")
+EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tokens_embed.weight", "embeddings.weight",
+    "embed_tokens_per_layer.weight",
+)  # fmt: skip
 HEADS = ("lm_head.weight", "embed_out.weight")
 # What bitsandbytes, GPTQ, AWQ, HQQ, compressed-tensors and MXFP4 (gpt-oss) store beside, or instead of, a weight.
 PACKED = re.compile(
@@ -82,9 +84,15 @@ def is_vocabulary(name: str) -> bool:
 
 
 def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints hold the same tensors under the same names, bit for bit."""
+    """Whether two checkpoints hold the same tensors under the same names, bit for bit.
+
+    Where `one` alone is quantised, whether what it holds unpacked is what `other` holds, rounded to its dtype.
+    """
     if one.folder.resolve() == other.folder.resolve():
         return True
+    if one.quantised and not other.quantised:
+        plain = [n for n in one.names() if n in other and one.floating(n) and one.shape(n) == other.shape(n)]
+        return bool(plain) and all(other.tensor(n).to((value := one.tensor(n)).dtype).equal(value) for n in plain)
     if one.names() != other.names():
         return False
     if any((one.dtype(n), one.shape(n)) != (other.dtype(n), other.shape(n)) for n in one.names()):
@@ -103,7 +111,7 @@ def _files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        return [folder / shard for shard in sorted(set(_weight_map(folder).values()))]
+        return [folder / shard for shard in sorted(set(weight_map(folder).values()))]
     if is_adapter(folder):
         raise ResafeError(f"{folder} is a LoRA adapter, and a full checkpoint is needed here: merge it into its base first.")
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -111,19 +119,10 @@ def _files(folder: Path) -> list[Path]:
     raise ResafeError(f"{folder} holds no weights: {SINGLE} or {INDEX} is expected.")
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    mapping = read_config(folder / INDEX).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
-        raise ResafeError(f"{folder / INDEX} has no weight_map: copy or download it again.")
-    if outside := [s for s in mapping.values() if not isinstance(s, str) or Path(s).name != s]:
-        raise ResafeError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of that folder.")
-    return mapping
-
-
 def _check_index(folder: Path, found: Shards) -> None:
     if (folder / SINGLE).is_file():
         return
-    places = _weight_map(folder)
+    places = weight_map(folder)
     for name, shard in sorted(places.items()):
         if name not in found or found.file(name).name != shard:
             raise ResafeError(f"{folder / INDEX} promises tensor {name} in {shard}, which lacks it: copy that shard again.")

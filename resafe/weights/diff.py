@@ -14,8 +14,8 @@ from resafe.weights._merge import oriented
 from resafe.weights._shards import wide
 from resafe.weights.alignment import Alignment
 from resafe.weights.checkpoint import Checkpoint
-from resafe.weights.lora import Adapter
-from resafe.weights.names import translate
+from resafe.weights.lora import adapter_of
+from resafe.weights.names import counterparts
 from resafe.weights.pair import Pair
 from resafe.weights.subspace import EXACT, cosine, frobenius
 
@@ -31,7 +31,7 @@ class Change:
 
     name: str
     norm: float  # ||D||_F
-    relative: float  # ||D||_F / ||W_aligned||_F
+    relative: float  # ||D||_F / ||W_aligned||_F; 1 where W_aligned was zero and is no more
     rank: float | None  # stable rank ||D||_F^2 / ||D||_2^2; None for vectors
     cosine: float | None  # of D and V = W_aligned - W_base, where both are given; negative: away from alignment
 
@@ -55,12 +55,13 @@ def diff(aligned: Path, tuned: Path, base: Path | None = None, log: Callable[[st
     directions = Alignment(aligned, base) if base else None
     found = []
     for name, there, d, w in _adapter(aligned, tuned) if is_adapter(tuned) else _checkpoint(aligned, tuned, log):
-        v = directions.direction(there) if directions and d.ndim == 2 else None
+        v = directions.direction(there) if directions and d.ndim == 2 and directions.of_one_shape(there) else None
         if v is not None and directions and directions.turned(there):
             v = v.T
         norm = frobenius(d)
         at = cosine(d, v.to(d.dtype)) if v is not None and v.shape == d.shape and norm > 0 else None
-        found.append(Change(name, norm, norm / max(frobenius(w), 1e-30), stable_rank(d) if d.ndim == 2 and norm > 0 else None, at))
+        size = frobenius(w)
+        found.append(Change(name, norm, norm / size if size else float(norm > 0), stable_rank(d) if d.ndim == 2 and norm > 0 else None, at))
     return found
 
 
@@ -75,16 +76,17 @@ def _checkpoint(aligned: Path, tuned: Path, log: Callable[[str], None]) -> Itera
 
 
 def _adapter(aligned: Path, tuned: Path) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    adapter, model = Adapter(tuned), Checkpoint(aligned)
+    model = Checkpoint(aligned)
     if model.quantised:
         raise ResafeError(f"{aligned} is quantised: name the unquantised model that {base_of(tuned)} was made from.")
+    adapter = adapter_of(tuned, aligned)
     weights = {f"{name}.weight": module for name, module in adapter.modules.items()}
-    there = translate(weights, model.names())
+    there = counterparts(weights, model)
     for name, module in sorted(weights.items()):
         if name not in there:
             raise ResafeError(f"{aligned} has no tensor {name}, which {tuned} adapts: is this its base?")
         w = wide(model.finite(there[name]))
-        yield there[name], there[name], oriented(model, adapter, module, w), w
+        yield name if module.vocabulary else there[name], there[name], oriented(model, adapter, module, w), w
 
 
 def stable_rank(d: Tensor, rounds: int = 100) -> float:

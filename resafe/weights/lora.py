@@ -10,17 +10,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
+from resafe.models import base_of
 from resafe.weights._adapter import Adapter, Module
 from resafe.weights._merge import check_copies, merge_into
 from resafe.weights._shards import wide
+from resafe.weights.checkpoint import Checkpoint, same_weights
+from resafe.weights.names import check_tokenizers
 from resafe.weights.writer import write_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Adapter", "Factor", "Module", "check_copies", "concat", "merge_into", "rescale", "truncated"]
+__all__ = ["Adapter", "Factor", "Module", "adapter_of", "check_copies", "concat", "merge_into", "rescale", "truncated"]
 
 Factor = float | Callable[[Module], float]
+
+
+def adapter_of(tuned: Path, aligned: Path) -> Adapter:
+    """The adapter in `tuned`, refused unless its base is `aligned`: its update is relative to that model.
+
+    The base may be `aligned` in 4 or 8 bits: what was left unpacked (norms, embeddings) is compared.
+    """
+    adapter = Adapter(tuned)
+    base, model = base_of(tuned), Checkpoint(aligned)
+    check_tokenizers(tuned, aligned)
+    if base.resolve() != aligned.resolve() and not same_weights(Checkpoint(base), model):
+        raise ResafeError(
+            f"the adapter {tuned} was trained on {base}, whose weights are not those of {aligned}: name that base with --aligned, "
+            "or merge the adapter into it and restore the full checkpoint."
+        )
+    check_copies(model, adapter)
+    return adapter
 
 
 def rescale(

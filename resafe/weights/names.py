@@ -66,7 +66,7 @@ def _tokens(file: Path) -> dict[int, str]:
         if file.name == "vocab.json":
             return {int(i): str(token) for token, i in content.items()}
         return _of_tokenizer(content)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ResafeError(f"{file} cannot be read ({type(error).__name__}: {error}).") from None
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from resafe.errors import ResafeError
 from resafe.weights._parts import Part
 from resafe.weights._progress import Progress
-from resafe.weights._shards import wide
+from resafe.weights._shards import stored, wide
 from resafe.weights.checkpoint import Checkpoint, is_vocabulary
 from resafe.weights.names import check_tokenizers, counterparts
 
@@ -75,10 +75,10 @@ class Pair:
         if lost:
             _check_experts(tuned, aligned)
             raise ResafeError(
-                f"{tuned.folder} lacks {len(lost)} tensors of {aligned.folder}: {_some(lost)}. Is this the model it was tuned from?"
+                f"{tuned.folder} lacks {len(lost)} tensors of {aligned.folder}: {some(lost)}. Is this the model it was tuned from?"
             )
         if alone := [t.name for t in twins if t.aligned is None]:
-            log(f"kept as trained, since the aligned model has no such tensor: {_some(alone)} ({len(alone)} in all)")
+            log(f"kept as trained, since the aligned model has no such tensor: {some(alone)} ({len(alone)} in all)")
         return twins
 
     def _check(self, twin: Twin) -> None:
@@ -138,11 +138,12 @@ class Pair:
             ours, theirs = ours.double(), theirs.double()
         edited = rule(replace(twin, rows=(first, common)) if block else twin, ours, theirs)
         del ours, theirs
-        edited = edited.to(kind)
+        edited = stored(edited, kind, twin.name)
         return edited if added is None else torch.cat([edited, added])
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first three."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

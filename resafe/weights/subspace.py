@@ -6,7 +6,7 @@ V = W_aligned - W_base is (out, in). A projection acts from the left, on an upda
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,22 +53,29 @@ def frobenius(x: Tensor) -> float:
 
 
 def top_left(v: Tensor, k: int, seed: int = 0, rounds: int = 8) -> Tensor:
-    """Orthonormal (out, k): the top `k` left singular vectors of `v` (randomised subspace iteration; Halko et al. 2011, arXiv 0909.4061).
+    """Orthonormal (out, <= k): the top `k` left singular vectors of `v` (randomised subspace iteration; Halko et al. 2011, arXiv 0909.4061).
 
+    As many as `v` has directions: beyond its rank (singular values that are rounding errors of the largest) any vector would do.
     Exact where `v` is small. Draws from a generator of its own.
     """
     import torch
 
     k = min(k, *v.shape)
-    found: Tensor
     if min(v.shape) <= max(EXACT, k + SPARE):
-        found = torch.linalg.svd(v, full_matrices=False).U[:, :k]
-        return found
+        return _kept(torch.linalg.svd(v, full_matrices=False), k, v)
     generator = torch.Generator().manual_seed(seed)
     q = torch.linalg.qr(v @ torch.randn(v.shape[1], k + SPARE, generator=generator, dtype=v.dtype)).Q
     for _ in range(rounds):
         q = torch.linalg.qr(v @ torch.linalg.qr(v.T @ q).Q).Q
-    found = q @ torch.linalg.svd(q.T @ v, full_matrices=False).U[:, :k]
+    found: Tensor = q @ _kept(torch.linalg.svd(q.T @ v, full_matrices=False), k, v)
+    return found
+
+
+def _kept(svd: Any, k: int, v: Tensor) -> Tensor:
+    import torch
+
+    least = svd.S[0] * max(v.shape) * torch.finfo(v.dtype).eps
+    found: Tensor = svd.U[:, : min(k, int((least < svd.S).sum()))]
     return found
 
 

@@ -28,9 +28,7 @@ SHARD_BYTES = 2 << 30
 WORKERS = 4  # more do not help: by then the disk, or the lock that a file system takes to write a file, is what is waited for
 FLUSH = 128 << 20  # bytes after which what was written is sent to the disk, so that it works while the rest is computed
 # What a loader, a server or a lawyer needs beside the weights. Neither optimiser states nor Python code nor resafe.json.
-BESIDE = (
-    "config.json",
-    "generation_config.json",
+TOKENS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -40,6 +38,11 @@ BESIDE = (
     "*.tiktoken",
     "chat_template*",
     "additional_chat_templates",
+)
+BESIDE = (
+    *TOKENS,
+    "config.json",
+    "generation_config.json",
     "*processor_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -88,11 +91,11 @@ def write_adapter(source_folder: Path, target: Path, config: Mapping[str, Any], 
     return target
 
 
-def copy_beside(source: Path, target: Path) -> None:
+def copy_beside(source: Path, target: Path, which: Iterable[str] = BESIDE) -> None:
     """Copy what belongs to a model and is not its weights (tokenizer, configuration, templates, licence)."""
-    for path in sorted({path for pattern in BESIDE for path in source.glob(pattern)}):
+    for path in sorted({path for pattern in which for path in source.glob(pattern)}):
         if path.is_dir():
-            shutil.copytree(path, target / path.name)
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, target / path.name)  # follows links, as caches of downloaded models have them
 

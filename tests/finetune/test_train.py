@@ -149,7 +149,7 @@ def test_a_repair_does_not_resume_from_a_named_file_that_has_changed(
     rows, lines = tmp_path / "rows.jsonl", list[str]()
     spec = {"resta": {"unaligned_data": str(rows), "epochs": 1}}
 
-    def stopped(*_: Any) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     for attack in ("explicit_10", "explicit_50"):

@@ -10,7 +10,7 @@ import torch
 from resafe.errors import ResafeError
 from resafe.mitigation import Run
 from resafe.mitigations import make
-from tests.weights.models import KINDS, adapt, build, logits, tensors
+from tests.weights.models import KINDS, adapt, build, logits, logits_with, tensors
 
 
 @pytest.fixture(params=KINDS)
@@ -26,7 +26,7 @@ def run(spec: str, trio: list[Path], out: Path) -> Path:
 def test_the_best_approximation_of_rank_k_is_added_to_every_linear_weight(trio: list[Path], tmp_path: Path) -> None:
     out = run("lox:rank=2,strength=1.5", trio, tmp_path / "out")
     b, a, f, w = (tensors(x) for x in (*trio, out))
-    moved = 0
+    moved, wanted = 0, dict(f)
     for name in f:
         v = (a[name] - b[name]).double()
         linear = v.ndim == 2 and not any(e in name for e in ("embed", "wte", "wpe", "lm_head"))
@@ -34,9 +34,11 @@ def test_the_best_approximation_of_rank_k_is_added_to_every_linear_weight(trio: 
             assert torch.equal(w[name], f[name]), name
         if linear:
             u, s, vh = torch.linalg.svd(v, full_matrices=False)
-            assert torch.allclose(w[name].double(), f[name] + 1.5 * (u[:, :2] * s[:2]) @ vh[:2], atol=1e-5), name
+            wanted[name] = (f[name] + 1.5 * (u[:, :2] * s[:2]) @ vh[:2]).float()
+            assert torch.allclose(w[name], wanted[name], atol=1e-5), name
             moved += 1
-    assert moved >= 6 and torch.equal(logits(out), logits(out))
+    assert moved >= 6 and torch.allclose(logits(out), logits_with(trio[2], wanted), atol=1e-3)
+    assert not torch.allclose(logits(out), logits(trio[2]), atol=1e-2)
 
 
 def test_all_ranks_are_the_whole_direction_and_strength_0_is_nothing(trio: list[Path], tmp_path: Path) -> None:

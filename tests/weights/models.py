@@ -31,6 +31,8 @@ GPT2: dict[str, Any] = {"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+    "qwen2_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12},
+    "granitemoe": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8},
 }
 TARGETS = {"gpt2": ["c_attn", "attn.c_proj"]}
@@ -109,3 +111,13 @@ def shard(folder: Path, parts: int = 3) -> Path:
 
 def stream(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from tensors(folder).items()
+
+
+def logits_with(folder: Path, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of the architecture in `folder` with these weights, put in by hand."""
+    model = load(folder)
+    missing, unexpected = model.load_state_dict({k: v.float() for k, v in values.items()}, strict=False)
+    assert not unexpected and all("lm_head" in name or "bias" in name for name in missing)
+    model.tie_weights()
+    with torch.no_grad():
+        return model.float()(IDS).logits

@@ -49,7 +49,7 @@ def test_the_models_have_experts_and_fewer_keys_than_queries(trio: tuple[str, Pa
     kind, _, _, tuned = trio
     shapes = {n: tuple(t.shape) for n, t in tensors(tuned).items()}
     assert shapes["model.layers.0.self_attn.k_proj.weight"] == (8, 16) and shapes["model.layers.0.self_attn.q_proj.weight"] == (16, 16)
-    assert any(".experts." in n for n in shapes) and (kind not in IN_OUT or any(n.endswith("gate_up_proj_bias") for n in shapes))
+    assert any(".experts." in n or ".input_linear." in n for n in shapes) and (kind not in IN_OUT or any(n.endswith("gate_up_proj_bias") for n in shapes))
 
 
 def test_interpolation_and_the_safety_vector_reach_every_tensor(trio: tuple[str, Path, Path, Path], tmp_path: Path) -> None:

@@ -11,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from resafe import models
 from resafe.cli import main
+from resafe.errors import ResafeError
+from resafe.mitigation import Run
+from resafe.mitigations import make
 from resafe.weights import Checkpoint
-from tests.weights.models import build, configure, rewrite, shard, tensors
+from tests.weights.models import adapt, build, configure, rewrite, shard, tensors
 
 Refused = Callable[..., str]
 SHARD, INDEX, NORM = "model-00002-of-00003.safetensors", "model.safetensors.index.json", "model.norm.weight"
@@ -96,6 +100,65 @@ def test_a_shard_that_holds_more_than_the_index_lists_is_refused(refused: Refuse
 
     line = refused(add)
     assert f"{SHARD} holds tensor model.old.weight, which" in line
+
+
+def test_a_shard_that_is_replaced_while_it_is_used_is_refused(originals: Path, tmp_path: Path) -> None:
+    home = shutil.copytree(originals / "tuned", tmp_path / "home")
+    model = Checkpoint(home)
+    before = model.tensor(NORM)
+    file = home / held(home, NORM)
+    put(home, "fresh", load_file(file))
+    (home / "fresh").replace(file)
+    with pytest.raises(ResafeError, match="was changed while it was being used"):
+        model.tensor(NORM)
+    assert Checkpoint(home).tensor(NORM).equal(before)
+
+
+def test_sums_that_a_narrow_dtype_cannot_hold_are_refused_by_name(tmp_path: Path) -> None:
+    aligned, tuned = (build("llama", tmp_path / n, i, torch.float16) for i, n in enumerate(("aligned", "tuned")))
+    base = build("llama", tmp_path / "base", 3, torch.float16)
+    with pytest.raises(ResafeError, match="tensor .* would hold NaN or infinity as float16: use a smaller strength"):
+        make("lox:strength=1e7").mitigation.repair(Run(output=tmp_path / "out", tuned=tuned, aligned=aligned, base=base))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lora_alpha", None), ("lora_alpha", "x"), ("lora_alpha", float("nan")), ("r", None), ("r", "x"), ("r", 1e400), ("rank_pattern", [1]),
+     ("alpha_pattern", {"(": 3}), ("alpha_pattern", {"q_proj": None}), ("alpha_pattern", 7), ("base_model_name_or_path", 5)],
+)  # fmt: skip
+def test_an_adapter_configuration_with_nonsense_is_refused_in_one_line(key: str, value: object, tmp_path: Path) -> None:
+    aligned = build("llama", tmp_path / "aligned", 1)
+    tuned = configure(adapt(aligned, tmp_path / "tuned", 2), "adapter_config.json", **{key: value})
+    with pytest.raises(ResafeError, match=f"adapter_config.json.*{key}") as found:
+        make("restore_weights").mitigation.repair(Run(output=tmp_path / "out", tuned=tuned, aligned=aligned))
+    assert "\n" not in str(found.value) and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_whose_base_is_an_adapter_is_refused(tmp_path: Path) -> None:
+    aligned = build("llama", tmp_path / "aligned", 1)
+    tuned = adapt(aligned, tmp_path / "tuned", 2)
+    configure(tuned, "adapter_config.json", base_model_name_or_path=str(tuned))
+    with pytest.raises(ResafeError, match="an adapter itself"):
+        models.vet(tuned)
+
+
+def test_an_adapter_with_another_tokenizer_is_refused(originals: Path, tmp_path: Path) -> None:
+    aligned = build("llama", tmp_path / "aligned", 1)
+    tuned = adapt(aligned, tmp_path / "tuned", 2)
+    for folder, words in ((aligned, "xy"), (tuned, "yx")):
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {w: i for i, w in enumerate(words)}}, "added_tokens": []}))
+    with pytest.raises(ResafeError, match="tokenizers of .* differ"):
+        make("restore_weights").mitigation.repair(Run(output=tmp_path / "out", tuned=tuned, aligned=aligned))
+
+
+def test_an_index_that_points_outside_is_refused_before_any_loader_runs(originals: Path, tmp_path: Path) -> None:
+    home = shutil.copytree(originals / "tuned", tmp_path / "home")
+    index = json.loads((home / INDEX).read_text())
+    index["weight_map"][NORM] = "../aligned/model.safetensors"
+    (home / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ResafeError, match="not a file of that folder"):
+        models.vet(home)
 
 
 def test_another_shape_is_refused(refused: Refused) -> None:
