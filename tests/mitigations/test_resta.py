@@ -67,6 +67,10 @@ def test_dare_drops_a_share_and_keeps_the_mean() -> None:
     assert float((once == 0).float().mean()) == pytest.approx(0.3, abs=3 * (0.3 * 0.7 / d.numel()) ** 0.5)
     assert float(once.mean()) == pytest.approx(1, abs=3 * (0.3 / 0.7 / d.numel()) ** 0.5)
     assert torch.equal(dare(d, 0.0, torch.Generator()), d)
+    d = torch.randn(20, 30, generator=torch.Generator().manual_seed(9))
+    made = torch.stack([dare(d, 0.3, torch.Generator().manual_seed(i)) for i in range(2000)])
+    sigma = d.abs() * (0.3 / 0.7 / len(made)) ** 0.5
+    assert bool(((made.mean(0) - d).abs() < 5 * sigma).all()), "entry by entry, over seeds"
 
 
 def test_dares_mask_depends_on_the_seed_and_on_nothing_else(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from resafe.mitigation import Run
 from resafe.mitigations import make
 from resafe.mitigations.restore_gradient import to_copy, to_give_back
 from resafe.models import load_tokenizer
+from resafe.rows import Row
 from resafe.sensitivity import prompts
 from resafe.weights import merge_into
 from tests.mitigations.twins import BENIGN, KINDS, SAFE, inputs, pair, repaired
@@ -43,10 +44,10 @@ def test_entries_are_given_back_where_descent_leads_to_the_fine_tuned_model_firs
     assert not to_give_back(F, A, g, NONE, 1.0).any()
 
 
-def reading(folder: Path, grad: bool = False) -> Any:
-    """(model, mean last hidden state at the ends of the hazardous prompts), row by row."""
+def reading(folder: Path, grad: bool = False, rows: list[Row] = SAFE) -> Any:
+    """(model, mean last hidden state at the ends of the prompts), row by row."""
     model = load(folder)
-    batches = prompts(load_tokenizer(folder), [r["messages"][:-1] for r in SAFE], size=1)
+    batches = prompts(load_tokenizer(folder), [r["messages"][:-1] for r in rows], size=1)
     with torch.set_grad_enabled(grad):
         return model, torch.stack([model(b.ids, output_hidden_states=True).hidden_states[-1][0, -1] for b in batches]).mean(0)
 
@@ -104,6 +105,34 @@ def test_utility_within_the_margin_decides_how_much_stays_copied(aligned: Path, 
     with pytest.raises(ResafeError, match="nothing could stay restored"):
         repaired(f"{how},margin=0", before, tuned, tmp_path / "none", measure=measure, task=BENIGN)
     assert len(list(tmp_path.iterdir())) == 4, "no candidate is left over"
+
+
+@pytest.mark.parametrize(("warmup", "times"), [(0, 5), (1, 4), (3, 2)])
+def test_utility_is_first_looked_at_after_the_warmup(warmup: int, times: int, aligned: Path, tmp_path: Path) -> None:
+    before, tuned = pair("llama", tmp_path, aligned)
+    seen: list[Path] = []
+
+    def measure(folder: Path) -> float:
+        seen.append(folder)
+        return 1.0
+
+    repaired(f"restore_gradient:rounds=3,rate=0.05,warmup={warmup}", before, tuned, tmp_path / "out", measure=measure, task=BENIGN)
+    assert len(seen) == times, "as fine-tuned, after each round from then on, and at the end"
+
+
+def test_a_rollback_goes_where_the_fine_tuned_model_read_benign_prompts(aligned: Path, tmp_path: Path) -> None:
+    before, tuned = pair("llama", tmp_path, aligned)
+    answers = iter((1.0, 0.0, 1.0, 1.0))  # as fine-tuned, too low after the first round, and well again
+    how = "restore_gradient:rounds=1,rate=0.2,warmup=0,rollback=0.25"
+    out = tensors(repaired(how, before, tuned, tmp_path / "out", measure=lambda _: next(answers), task=BENIGN))
+    once = repaired("restore_gradient:rounds=1,rate=0.2", before, tuned, tmp_path / "once")
+    model, h = reading(once, True, BENIGN)
+    (-torch.nn.functional.cosine_similarity(h, reading(tuned, rows=BENIGN)[1], dim=0)).backward()
+    a, f, c = tensors(before), tensors(tuned), tensors(once)
+    for name in inputs(tuned, SAFE):
+        copied = c[name] != f[name]
+        back = to_give_back(f[name], a[name], model.get_parameter(name).grad, copied, 0.25)
+        assert int(back.sum()) > 0 and float((out[name] != torch.where(copied & ~back, a[name], f[name])).float().mean()) < 0.01, name
 
 
 def test_a_rollback_without_benign_prompts_is_refused(tmp_path: Path) -> None:

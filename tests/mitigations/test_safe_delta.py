@@ -75,6 +75,18 @@ def test_after_one_column_the_later_ones_minimise_the_loss() -> None:
     assert torch.allclose(delta[:, 3:], wanted, atol=1e-10) and not delta[:, :2].any()
 
 
+def test_an_input_that_is_never_active_costs_nothing_and_gets_nothing_passed_on() -> None:
+    x = torch.randn(40, COLUMNS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x[:, 3] = 0  # a dead column: without damping H is singular
+    moment = InputMoment(x.T @ x, len(x))
+    found, taken = SafeDelta(strength=300, locked=0).edit(F, A, moment)
+    assert bool(found.isfinite().all()) and torch.equal(found[:, 3], F[:, 3]) and ROWS <= taken < ROWS * COLUMNS
+    nothing, _ = SafeDelta(strength=0, locked=0).edit(F, A, moment)
+    assert torch.equal(nothing, A), "strength 0: the aligned weights"
+    everything, taken = SafeDelta(strength=1e12, locked=0.15, block=COLUMNS).edit(F, A, moment)
+    assert taken == ROWS * COLUMNS - int(0.15 * ROWS * COLUMNS) and int((everything == F).sum()) == taken
+
+
 def test_without_correlations_it_is_a_plain_choice_of_entries() -> None:
     found, taken = SafeDelta(strength=2000, locked=0).edit(F, A, InputMoment(EYE, 2))
     cost = ((F - A) ** 2 * 1.01).flatten().cumsum(0)  # H = 1.01 I: equal importance, so in reading order

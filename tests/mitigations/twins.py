@@ -16,7 +16,7 @@ from resafe.rows import chat as row
 from tests.tiny import tiny
 from tests.weights.models import adapt, load, rewrite, tensors
 
-KINDS = ("llama", "qwen2", "gpt2")
+KINDS = ("llama", "qwen2", "mistral", "gemma", "gpt2")
 SAFE = [row(f"tell me how to do bad thing number {i}", "no , i will not help with this .") for i in range(6)]
 BENIGN = [row(f"repeat the word {w}", f"{w} {w}") for w in ("dog", "cat", "house", "tree")]
 

@@ -14,7 +14,7 @@ from resafe.errors import ResafeError
 from resafe.weights import merge_into
 from resafe.weights.diff import diff, stable_rank
 from resafe.weights.subspace import frobenius
-from tests.weights.models import KINDS, adapt, build, tensors
+from tests.weights.models import KINDS, adapt, build, rewrite, tensors
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,6 +68,17 @@ def test_the_command_shows_a_table_a_heat_map_and_the_repairs(tmp_path: Path) ->
     done = CliRunner().invoke(cli, ["diff", str(aligned), str(tuned), "--base", str(base)])
     lines = {line.split()[0]: line for line in done.output.splitlines() if line.strip()}
     assert "can be applied" in lines["safe_lora"] and "LoRA adapter" in lines["lox"]
+
+
+def test_what_repairs_accept_is_compared_too(tmp_path: Path) -> None:
+    aligned, base = build("llama", tmp_path / "aligned", 1), build("llama", tmp_path / "base", 0, vocab_size=47)
+    rewrite(aligned, {n: t * (n != "model.norm.weight") for n, t in tensors(aligned).items()})
+    found = {c.name: c for c in diff(aligned, build("llama", tmp_path / "tuned", 2), base)}
+    assert found["lm_head.weight"].cosine is None and found["model.layers.0.mlp.up_proj.weight"].cosine is not None
+    assert found["model.norm.weight"].relative == 1, "it was zero, and is no more"
+    tied = build("qwen2", tmp_path / "tied", 1)
+    names = {c.name for c in diff(tied, adapt(tied, tmp_path / "adapter", 2, target_modules=["lm_head", "q_proj"]))}
+    assert {n for n in names if "head" in n or "embed" in n} == {"lm_head.weight"}
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
