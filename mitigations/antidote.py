@@ -6,7 +6,7 @@ Scores are taken on harmful answers; the paper uses a data set of them. Here the
 prompts, and the answers are thrown away, so that no harmful data are needed. `action=zero` is the paper's: the top `share` of each row
 of W goes to 0, useful weights among them, which costs utility (a named baseline, not a recommendation). `action=aligned`
 scores the update D = W - W_aligned instead and takes its top entries back, less those that benign rows use most. On the lab
-model no share of `zero` lowers harm without garbling the answers; `aligned` does.
+model no share of `zero` lowers harm much without garbling the answers; `aligned` does.
 """
 
 from __future__ import annotations
