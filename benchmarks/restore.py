@@ -7,7 +7,8 @@
 The checkpoints are random bfloat16 Llamas in shards of half a gigabyte: an aligned model, a fine-tuned and an unaligned one. Every way is a
 process of its own; its clock runs from after its imports until its output is flushed to disk (fsync), and its peak memory is the process's
 largest resident set, in which a memory map counts. Before every timed run the inputs' state in the page cache is the same for all ways: read
-once from end to end ("warm"), or dropped with posix_fadvise ("cold"). The order of the ways turns from round to round. A ratio is the median
+once from end to end ("warm"), or dropped with posix_fadvise ("cold"); and as much memory as the output takes is touched and given back,
+since a virtual machine's first touch of a page costs several times the copy into it. The order of the ways turns from round to round. A ratio is the median
 over rounds of the ratio within a round; speed is output bytes per second. `cp` reads one model, an interpolation two, task arithmetic three.
 
 Ways: `cp` of the fine-tuned checkpoint; `restore_weights` and `resta` (full repair with its checks for NaN and for the tokenizer);
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import resource
@@ -150,7 +152,7 @@ def measure(home: Path, size: float, rounds: int, cache: str, ways: list[str], m
     runs: dict[str, list[dict[str, float]]] = {w: [] for w in ways}
     for i in range(rounds):
         for way in (*ways[i % len(ways) :], *ways[: i % len(ways)]):
-            _prepare(home, way, cache)
+            _prepare(home, way, cache, size)
             out = home / "out"
             python = str(mergekit) if way.startswith("mergekit") else sys.executable
             done = subprocess.run([python, __file__, "--way", way, str(home), str(out)], capture_output=True, text=True, cwd=HERE.parent)
@@ -165,8 +167,8 @@ def measure(home: Path, size: float, rounds: int, cache: str, ways: list[str], m
     return {"gb": round(written / GB, 3), "cache": cache, "rounds": rounds, "ways": {w: _summary(runs, w, written) for w in ways}}
 
 
-def _prepare(home: Path, way: str, cache: str) -> None:
-    """Flush what earlier runs wrote; then put every model that `way` reads into the page cache, or out of it."""
+def _prepare(home: Path, way: str, cache: str, size: float) -> None:
+    """Flush what earlier runs wrote; put every model that `way` reads into the page cache, or out of it; touch memory for the output."""
     os.sync()
     for name in MODELS:
         for file in sorted((home / name).glob("*.safetensors")):
@@ -176,6 +178,9 @@ def _prepare(home: Path, way: str, cache: str) -> None:
                 while os.read(fd, 1 << 24):
                     pass
             os.close(fd)
+    with mmap.mmap(-1, int(size * GB)) as memory:
+        for at in range(0, len(memory), mmap.PAGESIZE):
+            memory[at] = 1
 
 
 def _summary(runs: dict[str, list[dict[str, float]]], way: str, written: int) -> dict[str, Any]:

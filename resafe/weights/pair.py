@@ -125,20 +125,27 @@ class Pair:
         there = str(twin.aligned)
         if not self.aligned.floating(there):
             raise ResafeError(f"tensor {there} in {self.aligned.folder} is {self.aligned.dtype(there)}, not floating point.")
-        tuned = self.tuned.finite(twin.tuned, first, last)
         common = min(last, self.aligned.height(there))
         if common <= first:  # a block of added tokens
-            return tuned
+            return self.tuned.finite(twin.tuned, first, last)
+        # What treats every number by itself hands NaN and infinity on: it is enough to look at the result.
+        read = Checkpoint.tensor if block and common == last else Checkpoint.finite
+        tuned = read(self.tuned, twin.tuned, first, last)
         kind = tuned.dtype
         added = tuned[common - first :] if common < last else None
         ours = wide(tuned if added is None else tuned[: common - first])
         del tuned  # the stored values would stay in memory beside the widened ones
-        theirs = wide(self.aligned.finite(there, first, common))
+        theirs = wide(read(self.aligned, there, first, common))
         if ours.dtype != theirs.dtype:
             ours, theirs = ours.double(), theirs.double()
         edited = rule(replace(twin, rows=(first, common)) if block else twin, ours, theirs)
         del ours, theirs
-        edited = stored(edited, kind, twin.name)
+        try:
+            edited = stored(edited, kind, twin.name)
+        except ResafeError:
+            for model, name in ((self.tuned, twin.tuned), (self.aligned, there)):
+                model.finite(name, first, common)  # says so, if it came from there
+            raise
         return edited if added is None else torch.cat([edited, added])
 
 

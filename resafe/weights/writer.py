@@ -9,10 +9,14 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
@@ -74,8 +78,9 @@ def write_checkpoint(
             write_json(folder / "config.json", {**read_config(folder / "config.json"), **config})
         _keep_freed_memory()
         apart = known and not any(p.whole for p in parts(tensors))
-        with _one_core_each(apart), ThreadPoolExecutor(workers or min(WORKERS, os.cpu_count() or 1)) as pool:
-            _write_shards(folder, parts(tensors), max_shard_bytes, pool)
+        threads = workers or min(WORKERS, os.cpu_count() or 1)
+        with _one_core_each(apart), ThreadPoolExecutor(threads) as pool:
+            _write_shards(folder, parts(tensors), max_shard_bytes, pool, threads if apart else 1)
     return target
 
 
@@ -87,7 +92,7 @@ def write_adapter(source_folder: Path, target: Path, config: Mapping[str, Any], 
         copy_beside(source_folder, folder)
         write_json(folder / "adapter_config.json", dict(config))
         with ThreadPoolExecutor(1) as pool:
-            _write_file(folder / "adapter_model.safetensors", list(parts(tensors.items())), pool)
+            _write_files([folder / "adapter_model.safetensors"], [list(parts(tensors.items()))], pool)
     return target
 
 
@@ -109,12 +114,16 @@ def _check_room(target: Path, size: int) -> None:
         )
 
 
-def _write_shards(folder: Path, tensors: Iterator[Part], limit: int, pool: ThreadPoolExecutor) -> None:
+def _write_shards(folder: Path, tensors: Iterator[Part], limit: int, pool: ThreadPoolExecutor, together: int = 1) -> None:
+    """All shards, `together` of them at a time: a file system lets one thread write to a file."""
     written: list[tuple[list[str], int]] = []
-    for shard in _batches(tensors, limit):
-        written.append(([p.name for p in shard], sum(p.nbytes for p in shard)))
-        _write_file(folder / f"part-{len(written)}", shard, pool)
-        shard.clear()  # or this loop would keep its tensors while the next one fills
+    batches = _batches(tensors, limit)
+    while group := list(islice(batches, together)):
+        files = [folder / f"part-{len(written) + 1 + i}" for i in range(len(group))]
+        written += [([p.name for p in shard], sum(p.nbytes for p in shard)) for shard in group]
+        _write_files(files, group, pool)
+        for shard in group:
+            shard.clear()  # or this loop would keep its tensors while the next one fills
     if not written:
         raise ResafeError(f"there are no tensors to write to {folder.name}.")
     if len(written) == 1:
@@ -147,58 +156,83 @@ def _batches(tensors: Iterator[Part], limit: int) -> Iterator[list[Part]]:
         yield batch
 
 
-def _write_file(file: Path, shard: list[Part], pool: ThreadPoolExecutor) -> None:
-    """One safetensors file. Blocks are computed and written by `pool`, a few at a time; whole parts here."""
-    order = list(DTYPES)
-    shard = sorted(shard, key=lambda p: (-order.index(p.dtype), p.name))  # as safetensors does, so that every tensor is aligned
-    head = _header(shard)
+def _write_files(files: Sequence[Path], shards: Sequence[list[Part]], pool: ThreadPoolExecutor) -> None:
+    """Safetensors files, a block of each in turn. Blocks are computed and written by `pool`, a few at a time; whole parts here."""
     running: deque[Future[None]] = deque()
-    fd = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    outs: list[_Out] = []
     try:
-        with _writing(file):
-            _put(fd, memoryview(head), 0)
-        at = flushed = len(head)
-        for part in shard:
-            row = part.nbytes // max(1, height(part.shape))
-            for first, last in part.blocks():
-                if part.whole:
-                    _fill(fd, at, part, first, last, file)
-                    continue
-                if len(running) > 2 * WORKERS:
-                    running.popleft().result()
-                running.append(pool.submit(_fill, fd, at + first * row, part, first, last, file))
-            at += part.nbytes
-            if at - flushed >= FLUSH:
-                flushed = at
-                running.append(pool.submit(_flush, fd, file))
+        for file in files:
+            outs.append(_Out(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), file))
+        for job in _in_turn(_jobs(out, shard) for out, shard in zip(outs, shards)):
+            if len(running) > 2 * WORKERS:
+                running.popleft().result()
+            running.append(pool.submit(job))
         while running:
             running.popleft().result()
     finally:
-        for job in running:
-            job.cancel()
+        for left in running:
+            left.cancel()
         wait(running)  # none of them may write to a descriptor that has been closed, and perhaps given to another file
-        os.close(fd)
+        for out in outs:
+            os.close(out.fd)
 
 
-def _fill(fd: int, at: int, part: Part, first: int, last: int, file: Path) -> None:
+@dataclass(frozen=True)
+class _Out:
+    """A file that is being written. File systems let in one thread at a time, and the others spin; here they sleep."""
+
+    fd: int
+    file: Path
+    lock: Lock = field(default_factory=Lock)
+
+    def put(self, data: memoryview, at: int) -> None:
+        with _writing(self.file), self.lock:
+            while data:
+                done = os.pwrite(self.fd, data, at)
+                data, at = data[done:], at + done
+
+    def flush(self) -> None:
+        with _writing(self.file):
+            os.fdatasync(self.fd)
+
+
+def _jobs(out: _Out, shard: list[Part]) -> Iterator[Callable[[], None]]:
+    """What is to be done for a file, in order; whole parts are computed on the way."""
+    order = list(DTYPES)
+    shard = sorted(shard, key=lambda p: (-order.index(p.dtype), p.name))  # as safetensors does, so that every tensor is aligned
+    head = _header(shard)
+    out.put(memoryview(head), 0)
+    at = flushed = len(head)
+    for part in shard:
+        row = part.nbytes // max(1, height(part.shape))
+        for first, last in part.blocks():
+            fill = partial(_fill, out, at + first * row, part, first, last)
+            if part.whole:
+                fill()
+            else:
+                yield fill
+        at += part.nbytes
+        if at - flushed >= FLUSH:
+            flushed = at
+            yield out.flush
+
+
+def _in_turn(sources: Iterable[Iterator[Callable[[], None]]]) -> Iterator[Callable[[], None]]:
+    waiting = deque(sources)
+    while waiting:
+        source = waiting.popleft()
+        if (job := next(source, None)) is not None:
+            yield job
+            waiting.append(source)
+
+
+def _fill(out: _Out, at: int, part: Part, first: int, last: int) -> None:
     value = part.compute(first, last).detach().cpu().contiguous()
     wanted = (last - first, *part.shape[1:]) if part.shape else ()
     if tuple(value.shape) != wanted or str(value.dtype) != f"torch.{DTYPES[part.dtype]}":
         raise ValueError(f"{part.name} was announced as {part.dtype} {list(wanted)} and came as {value.dtype} {list(value.shape)}")
     if value.numel():
-        with _writing(file):
-            _put(fd, as_bytes(value), at)
-
-
-def _flush(fd: int, file: Path) -> None:
-    with _writing(file):
-        os.fdatasync(fd)
-
-
-def _put(fd: int, data: memoryview, at: int) -> None:
-    while data:
-        done = os.pwrite(fd, data, at)
-        data, at = data[done:], at + done
+        out.put(as_bytes(value), at)
 
 
 @contextmanager
