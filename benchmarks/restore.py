@@ -43,6 +43,9 @@ MODELS = ("aligned", "tuned", "unaligned")
 READS = {"cp": ("tuned",), "restore_weights": MODELS[:2], "resta": MODELS, "mergekit_linear": MODELS[:2], "mergekit_task_arithmetic": MODELS, "in_memory": MODELS[:2]}  # fmt: skip
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000}
 GB = 10**9
+PAGE = HERE.parent / "mitigations" / "README.md"
+BEGIN, END = "<!-- restore: begin -->", "<!-- restore: end -->"
+NAMES = {"mergekit_linear": "mergekit, linear", "mergekit_task_arithmetic": "mergekit, task arithmetic", "in_memory": "both models loaded with transformers"}
 
 
 def main() -> None:
@@ -55,10 +58,13 @@ def main() -> None:
     parser.add_argument("--mergekit", metavar="PYTHON", help="interpreter of an environment that has mergekit")
     parser.add_argument("--work", type=Path, help="where the checkpoints are put, and deleted [default: the temporary folder]")
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--table", action="store_true", help="only put the committed numbers into mitigations/README.md")
     parser.add_argument("--way", nargs=3, metavar=("WAY", "MODELS", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
         return child(args.way[0], Path(args.way[1]), Path(args.way[2]))
+    if args.table:
+        return page()
     from resafe.files import write_json
 
     found: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {"safe_lora": safe_lora(), "runs": {}}
@@ -76,6 +82,27 @@ def main() -> None:
         write_json(args.output, found)
     print(json.dumps(found, indent=2))
     return None
+
+
+def page() -> None:
+    """Put the table between its two markers."""
+    from resafe.files import write_text
+
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    write_text(PAGE, f"{before}{BEGIN}\n{markdown(json.loads(RESULT.read_text()))}\n{END}{rest.split(END)[1]}")
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """A line per size and way."""
+    lines = ["| checkpoint | way | GB/s | speed to `cp` | by round | peak memory, MB |", "|---|---|---|---|---|---|"]
+    for run in sorted(found["runs"].values(), key=lambda r: r["gb"]):
+        copied = run["ways"]["cp"]["seconds"]
+        for i, (way, w) in enumerate(run["ways"].items()):
+            rounds = ", ".join(f"{c / s:.2f}" for c, s in zip(copied, w["seconds"]))
+            size = f"{run['gb']:.1f} GB" if i == 0 else ""
+            lines.append(f"| {size} | {NAMES.get(way, f'`{way}`')} | {w['gb_per_s']:.2f} | {w['speed_to_cp']:.2f} | {rounds} | {w['peak_mb']} |")
+    return "\n".join([*lines, "| 7B, GPU | | not measured | not measured | | not measured |"])
 
 
 def command(args: argparse.Namespace) -> str:

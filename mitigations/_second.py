@@ -57,6 +57,7 @@ def update_of(folder: Path, pair: Pair) -> Update:
 
 def _full_update(folder: Path, pair: Pair) -> Update:
     from resafe.weights import Checkpoint, check_tokenizers, counterparts, wide
+    from resafe.weights.checkpoint import same_tensor
     from resafe.weights.pair import COMPUTED, some
 
     model = Checkpoint(folder).plain()
@@ -69,7 +70,7 @@ def _full_update(folder: Path, pair: Pair) -> Update:
         ours, theirs = pair.aligned.shape(str(twin.aligned)), model.shape(there[twin.name])
         if ours[1:] != theirs[1:] or (ours != theirs and not twin.vocabulary):
             raise ResafeError(f"tensor {twin.name} has shape {list(ours)} in {pair.aligned.folder} and {list(theirs)} in {folder}: these are different architectures.")
-    if all(model.tensor(there[t.name]).equal(pair.aligned.tensor(str(t.aligned))) for t in known):  # as a rule the first differs
+    if all(same_tensor(model, there[t.name], pair.aligned, str(t.aligned)) for t in known):  # as a rule the first differs
         raise ResafeError(f"{folder} has the weights of {pair.aligned.folder}: name a model that was fine-tuned from it.")
 
     def update(twin: Twin, theirs: Tensor) -> Tensor | None:

@@ -39,6 +39,9 @@ class RestoreWeights(Mitigation):
 
     "auto" takes the largest strength of `grid` whose utility on held-out rows is at most `margin` below that of the
     fine-tuned model, and writes the utilities that it measured to restore_weights.json.
+
+    `layers` makes the strength depend on the depth: `[0.5, 1, 0.5]` takes half of it in the first and the last block, all of it
+    in the middle, and what lies between in between. Embeddings count as the first block, final norm and head as the last.
     """
 
     needs: ClassVar[Needs] = Needs(aligned=True)  # a quantised base serves a LoRA run; a quantised full one is refused
@@ -48,6 +51,7 @@ class RestoreWeights(Mitigation):
     margin: Fraction = 0.02
     grid: Annotated[tuple[Step, ...], Field(min_length=1)] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     embeddings: Literal["restore", "keep"] = "restore"  # keep: embedding and output head stay as trained
+    layers: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (1.0,)  # share of the strength along the depth, linear in between
 
     def check(self, name: str, run: Run) -> None:
         """Also refuse a calibration without held-out rows."""
@@ -69,22 +73,38 @@ class RestoreWeights(Mitigation):
         return self._restore_checkpoint(run, tuned, aligned, strength, target)
 
     def _restore_adapter(self, tuned: Path, aligned: Path, strength: float, target: Path) -> Path:
-        from resafe.weights import rescale
+        from resafe.weights import Checkpoint, rescale, translate
+        from resafe.weights.names import Depths
 
         def factor(module: Module) -> float:
-            return 1.0 if self.embeddings == "keep" and module.vocabulary else 1 - strength  # W - W_a = (1 - a) s B A
+            if self.embeddings == "keep" and module.vocabulary:
+                return 1.0
+            name = f"{module.name}.weight"
+            return 1 - self._share(depths(there.get(name, name))) * strength  # W - W_a = (1 - a) s B A
 
-        adapter = adapter_of(tuned, aligned)
+        adapter, names = adapter_of(tuned, aligned), Checkpoint(aligned).names()
+        depths, there = Depths(names), translate((f"{m}.weight" for m in adapter.modules), names)
         return rescale(adapter, factor, target, base=str(base_of(tuned).absolute()))
 
     def _restore_checkpoint(self, run: Run, tuned: Path, aligned: Path, strength: float, target: Path) -> Path:
         from resafe.weights import Checkpoint, Pair, write_checkpoint
+        from resafe.weights.names import Depths
 
         def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
-            return ours if self.embeddings == "keep" and twin.vocabulary else interpolate(ours, theirs, strength)
+            if self.embeddings == "keep" and twin.vocabulary:
+                return ours
+            return interpolate(ours, theirs, self._share(depths(twin.name)) * strength)
 
         pair = Pair(Checkpoint(tuned), Checkpoint(aligned), run.log)
+        depths = Depths(t.name for t in pair.twins)
         return write_checkpoint(tuned, target, pair.edit(rule, blocks=True), config=pair.config)
+
+    def _share(self, depth: float) -> float:
+        """The share of the strength at a depth in [0, 1]: `layers` are its values at evenly spaced depths."""
+        at = depth * (len(self.layers) - 1)
+        below = min(int(at), max(0, len(self.layers) - 2))
+        above = min(below + 1, len(self.layers) - 1)
+        return self.layers[below] + (at - below) * (self.layers[above] - self.layers[below])
 
     def _search(self, run: Run, tuned: Path, aligned: Path) -> Path:
         start = _utility(run, tuned)

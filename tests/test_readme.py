@@ -53,6 +53,13 @@ def test_the_throughput_table_is_the_one_that_the_committed_results_give() -> No
     assert TEXT.split(BEGIN)[1].split(END)[0].strip() == markdown(read_config(RESULT)).strip()
 
 
+def test_the_table_of_restoration_speed_is_the_one_that_the_committed_results_give() -> None:
+    from benchmarks.restore import BEGIN, END, PAGE, RESULT, markdown
+    from resafe.models import read_config
+
+    assert PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip() == markdown(read_config(RESULT)).strip()
+
+
 def test_the_overhead_table_is_the_one_that_the_committed_results_give() -> None:
     from benchmarks.overhead import BEGIN, END, RESULT, markdown
     from resafe.models import read_config

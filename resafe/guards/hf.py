@@ -33,7 +33,8 @@ class TransformersGuard:
         self._places = places(self.loaded.tokenizer, self.family)
         self.name = f"{self.family.name}:{folder.resolve().name}"
         template = chat.template_id(self.loaded.tokenizer)
-        self.identity = f"{self.family.identity} template {template} weights {model_fingerprint(folder)[:16]}"
+        kind = str(self.loaded.model.dtype).removeprefix("torch.")  # another precision may turn a close verdict
+        self.identity = f"{self.family.identity} template {template} weights {model_fingerprint(folder)[:16]} {kind}"
 
     @property
     def scale(self) -> Scale | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from resafe.errors import ResafeError
 from resafe.weights._merge import CONV1D
 from resafe.weights._shards import wide
-from resafe.weights.checkpoint import Checkpoint, is_vocabulary
+from resafe.weights.checkpoint import POSITIONS, Checkpoint, is_vocabulary
 from resafe.weights.names import check_tokenizers, counterparts
 from resafe.weights.pair import COMPUTED, some
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight", "positions_embed.weight")
 NOT_LINEAR = ("bias", "A_log")  # 2-D all the same: the biases of stacked experts, the states of state-space models
 # Experts of a layer in one tensor, (expert, ., .), and which of its sides is the size of the hidden state.
 STACKED = re.compile(r"\.experts\.|\.(in|out)put_linear\.weight$")

@@ -10,6 +10,7 @@ from typing import Any
 
 from resafe.errors import ResafeError
 from resafe.models import INDEX, is_adapter, read_config, weight_map
+from resafe.weights._parts import BLOCK
 from resafe.weights._shards import DTYPES, Shards
 
 SINGLE = "model.safetensors"
@@ -17,6 +18,7 @@ EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tokens_embed.weight", "embeddings.weight",
     "embed_tokens_per_layer.weight",
 )  # fmt: skip
+POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight", "positions_embed.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
 # What bitsandbytes, GPTQ, AWQ, HQQ, compressed-tensors and MXFP4 (gpt-oss) store beside, or instead of, a weight.
 PACKED = re.compile(
@@ -78,6 +80,11 @@ def is_head(name: str) -> bool:
     return _ending([name], HEADS) is not None
 
 
+def is_embedding(name: str) -> bool:
+    """Whether `name` is that of an input or position embedding."""
+    return _ending([name], (*EMBEDDINGS, *POSITIONS)) is not None
+
+
 def is_vocabulary(name: str) -> bool:
     """Whether `name` has one row per token: the input embedding, the output head, or the head's bias."""
     return _ending([name], (*EMBEDDINGS, *HEADS, "lm_head.bias", "embed_out.bias")) is not None
@@ -95,9 +102,16 @@ def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
         return bool(plain) and all(other.tensor(n).to((value := one.tensor(n)).dtype).equal(value) for n in plain)
     if one.names() != other.names():
         return False
-    if any((one.dtype(n), one.shape(n)) != (other.dtype(n), other.shape(n)) for n in one.names()):
+    return all(same_tensor(one, n, other, n) for n in one.names())
+
+
+def same_tensor(one: Shards, name: str, other: Shards, there: str) -> bool:
+    """Whether two stored tensors are equal bit for bit, compared some rows at a time."""
+    if (one.dtype(name), one.shape(name)) != (other.dtype(there), other.shape(there)):
         return False
-    return all(one.tensor(n).equal(other.tensor(n)) for n in one.names())
+    rows = one.height(name)
+    step = max(1, BLOCK * rows // max(1, one.nbytes(name)))
+    return all(one.tensor(name, i, min(rows, i + step)).equal(other.tensor(there, i, min(rows, i + step))) for i in range(0, rows, step))
 
 
 def _ending(names: Iterable[str], endings: tuple[str, ...]) -> str | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from resafe.errors import ResafeError
-from resafe.weights.checkpoint import Checkpoint, is_head
+from resafe.weights.checkpoint import Checkpoint, is_embedding, is_head
 
+BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.")  # of a stack of blocks: its name, and which of them
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt")  # that list the tokens; vocab.json and .txt are of older models
 
 
@@ -38,6 +40,23 @@ def counterparts(names: Iterable[str], model: Checkpoint) -> dict[str, str]:
         if name not in found and model.embedding and is_head(name):
             found[name] = model.head or model.embedding
     return found
+
+
+class Depths:
+    """How deep in a model a tensor sits, by its name: 0 in the first block (and for embeddings), 1 in the last (and for what follows)."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._last: dict[str, int] = {}
+        for found in filter(None, map(BLOCK.match, names)):
+            self._last[found["stack"]] = max(int(found["number"]), self._last.get(found["stack"], 0))
+
+    def __call__(self, name: str) -> float:
+        """The depth of `name`, in [0, 1]; blocks in between are evenly spaced."""
+        found = BLOCK.match(name)
+        if found is None:
+            return 0.0 if is_embedding(name) else 1.0
+        last = self._last.get(found["stack"], 0)
+        return int(found["number"]) / last if last else 0.0
 
 
 def check_tokenizers(one: Path, other: Path) -> None:

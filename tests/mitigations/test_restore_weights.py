@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from resafe.errors import ResafeError
 from resafe.mitigation import Run
+from resafe.mitigations import make
 from resafe.mitigations.restore_weights import RestoreWeights
-from resafe.weights import merge_into
+from resafe.weights import Adapter, merge_into
 from tests.weights.models import KINDS, adapt, build, configure, load, logits, rewrite, shard, tensors
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
@@ -126,6 +127,34 @@ def test_kept_embeddings_stay_as_trained(tmp_path: Path) -> None:
     before = tensors(adapter)
     after = tensors(RestoreWeights(embeddings="keep").repair(Run(output=tmp_path / "b", aligned=aligned, tuned=adapter)))
     assert {n.split(".")[-3] for n in before if not after[n].equal(before[n])} == {"q_proj"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_strength_follows_the_depth(kind: str, tmp_path: Path) -> None:
+    sizes = {"n_layer": 5} if kind == "gpt2" else {"num_hidden_layers": 5}
+    aligned, tuned = (build(kind, tmp_path / n, i, **sizes) for i, n in enumerate(("aligned", "tuned")))
+    adapter = adapt(aligned, tmp_path / "adapter", 2)
+    how = RestoreWeights(strength=0.8, layers=(0.5, 1, 0))
+    full = tensors(how.repair(Run(output=tmp_path / "full", aligned=aligned, tuned=tuned)))
+    thin, before = Adapter(how.repair(Run(output=tmp_path / "thin", aligned=aligned, tuned=adapter))), Adapter(adapter)
+    by_block = [0.4, 0.6, 0.8, 0.4, 0.0]  # 0.8 x (0.5, 0.75, 1, 0.5, 0)
+
+    def strength(name: str) -> float:
+        block = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        return by_block[block] if block is not None else by_block[0] if "embed" in name or "wte" in name or "wpe" in name else by_block[-1]
+
+    a, f = tensors(aligned), tensors(tuned)
+    for name in f:
+        torch.testing.assert_close(full[name], f[name] + strength(name) * (a[name] - f[name]), atol=1e-6, rtol=0)
+    for name, module in before.modules.items():
+        torch.testing.assert_close(thin.delta(thin.modules[name]), (1 - strength(name)) * before.delta(module), atol=1e-6, rtol=1e-5)
+    assert {strength(n) for n in f} == set(by_block)
+
+
+@pytest.mark.parametrize("layers", ["[]", "[0.5, 2]", "[.nan]", "x"])
+def test_a_profile_that_is_none_is_refused(layers: str) -> None:
+    with pytest.raises(ResafeError, match="restore_weights: layers"):
+        make(f"restore_weights:layers={layers}")
 
 
 def test_added_tokens_keep_their_rows(tmp_path: Path) -> None:
