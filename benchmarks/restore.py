@@ -7,9 +7,8 @@
 The checkpoints are random bfloat16 Llamas in shards of half a gigabyte: an aligned model, a fine-tuned and an unaligned one. Every way is a
 process of its own; its clock runs from after its imports until its output is flushed to disk (fsync), and its peak memory is the process's
 largest resident set, in which a memory map counts. Before every timed run the inputs' state in the page cache is the same for all ways: read
-once from end to end ("warm"), or dropped with posix_fadvise ("cold"); and right before the clock starts, after the imports, as much
-memory as the output takes is touched and given back, since a virtual machine's first touch of a page costs several times the copy into
-it, and takes free pages away again within seconds. The order of the ways turns from round to round. A ratio is the median
+once from end to end ("warm"), or dropped with posix_fadvise ("cold"); and as much memory as the output takes is touched and given back,
+since a virtual machine's first touch of a page costs several times the copy into it. The order of the ways turns from round to round. A ratio is the median
 over rounds of the ratio within a round; speed is output bytes per second. `cp` reads one model, an interpolation two, task arithmetic three.
 
 Ways: `cp` of the fine-tuned checkpoint; `restore_weights` and `resta` (full repair with its checks for NaN and for the tokenizer);
@@ -23,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import resource
@@ -43,8 +43,6 @@ MODELS = ("aligned", "tuned", "unaligned")
 READS = {"cp": ("tuned",), "restore_weights": MODELS[:2], "resta": MODELS, "mergekit_linear": MODELS[:2], "mergekit_task_arithmetic": MODELS, "in_memory": MODELS[:2]}  # fmt: skip
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000}
 GB = 10**9
-COPYING = {"peak": 0}  # kB
-TOUCH = "import mmap, sys\nmemory = mmap.mmap(-1, int(sys.argv[1]))\nfor at in range(0, len(memory), mmap.PAGESIZE): memory[at] = 1"
 PAGE = HERE.parent / "mitigations" / "README.md"
 BEGIN, END = "<!-- restore: begin -->", "<!-- restore: end -->"
 NAMES = {"mergekit_linear": "mergekit, linear", "mergekit_task_arithmetic": "mergekit, task arithmetic", "in_memory": "both models loaded with transformers"}
@@ -181,7 +179,7 @@ def measure(home: Path, size: float, rounds: int, cache: str, ways: list[str], m
     runs: dict[str, list[dict[str, float]]] = {w: [] for w in ways}
     for i in range(rounds):
         for way in (*ways[i % len(ways) :], *ways[: i % len(ways)]):
-            _prepare(home, way, cache)
+            _prepare(home, way, cache, size)
             out = home / "out"
             python = str(mergekit) if way.startswith("mergekit") else sys.executable
             done = subprocess.run([python, __file__, "--way", way, str(home), str(out)], capture_output=True, text=True, cwd=HERE.parent)
@@ -196,8 +194,8 @@ def measure(home: Path, size: float, rounds: int, cache: str, ways: list[str], m
     return {"gb": round(written / GB, 3), "cache": cache, "rounds": rounds, "ways": {w: _summary(runs, w, written) for w in ways}}
 
 
-def _prepare(home: Path, way: str, cache: str) -> None:
-    """Flush what earlier runs wrote; then put every model that `way` reads into the page cache, or out of it."""
+def _prepare(home: Path, way: str, cache: str, size: float) -> None:
+    """Flush what earlier runs wrote; put every model that `way` reads into the page cache, or out of it; touch memory for the output."""
     os.sync()
     for name in MODELS:
         for file in sorted((home / name).glob("*.safetensors")):
@@ -207,6 +205,9 @@ def _prepare(home: Path, way: str, cache: str) -> None:
                 while os.read(fd, 1 << 24):
                     pass
             os.close(fd)
+    with mmap.mmap(-1, int(size * GB)) as memory:
+        for at in range(0, len(memory), mmap.PAGESIZE):
+            memory[at] = 1
 
 
 def _summary(runs: dict[str, list[dict[str, float]]], way: str, written: int) -> dict[str, Any]:
@@ -235,8 +236,6 @@ def check(home: Path, way: str, out: Path) -> None:
 def child(way: str, home: Path, out: Path) -> None:
     """Run one way; prints its seconds, CPU seconds and peak memory as the last line."""
     work = WAYS[way](home, out)
-    size = sum(f.stat().st_size for f in (home / "tuned").glob("*.safetensors"))
-    subprocess.run([sys.executable, "-c", TOUCH, str(size)], check=True)
     spent = _cpu()
     began = time.perf_counter()
     work()
@@ -250,7 +249,7 @@ def child(way: str, home: Path, out: Path) -> None:
 
 def _peak_kb(way: str) -> int:
     if way == "cp":
-        return COPYING["peak"]
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     # Not ru_maxrss, which a process takes over from the one that started it.
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 
@@ -260,15 +259,7 @@ def _cpu() -> float:
 
 
 def _cp(home: Path, out: Path) -> Callable[[], object]:
-    def work() -> None:
-        process = subprocess.Popen(["cp", "-r", str(home / "tuned"), str(out)])
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"cp failed with exit code {process.returncode}")
-        COPYING["peak"] = usage.ru_maxrss
-
-    return work
+    return lambda: subprocess.run(["cp", "-r", str(home / "tuned"), str(out)], check=True)
 
 
 def _repair(spec: dict[str, Any]) -> Callable[[Path, Path], Callable[[], object]]:
