@@ -38,7 +38,7 @@ class RestoreRank(Mitigation):
     needs: ClassVar[Needs] = Needs(aligned=True, safety=True, quantised=False)
     dose: ClassVar[tuple[str, tuple[float, ...]]] = ("rank", (4, 8, 16, 32, 64, 128))
 
-    rank: int = Field(32, ge=1, description="directions restored per weight, at most those that its outputs take")
+    rank: int = Field(32, ge=1, description="directions restored per weight, at most its number of outputs")
     utility_rank: int = Field(0, ge=0, description="directions per weight, of benign answers, that are left as fine-tuned")
     strength: float = Field(1.0, ge=0, le=1, allow_inf_nan=False, description="1 puts the aligned weights back along the directions")
     rows: int = Field(128, ge=1, description="refusals, and benign rows, that are looked at")
@@ -131,7 +131,11 @@ class _Layer:
 
 
 def output_directions(w: Tensor, moment: InputMoment, k: int) -> Tensor:
-    """Orthonormal (out, k): top left singular vectors of W X, as eigenvectors of W (X X^T) W^T; float64. `k` is at most `out`."""
+    """Orthonormal (out, k): top left singular vectors of W X, as eigenvectors of W (X X^T) W^T; float64. `k` is at most `out`.
+
+    Where outputs take fewer directions than `k`, others fill up: there the aligned model says nothing, which is restored too, so
+    that all `out` directions are the aligned weights. On the lab model that leaves less harm than stopping at the rank.
+    """
     from resafe.weights.subspace import top_left
 
-    return top_left(w.double() @ moment.total @ w.double().T, k)
+    return top_left(w.double() @ moment.total @ w.double().T, k, beyond=True)

@@ -52,30 +52,31 @@ def frobenius(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(rows.double()))
 
 
-def top_left(v: Tensor, k: int, seed: int = 0, rounds: int = 8) -> Tensor:
+def top_left(v: Tensor, k: int, seed: int = 0, rounds: int = 8, beyond: bool = False) -> Tensor:
     """Orthonormal (out, <= k): the top `k` left singular vectors of `v` (randomised subspace iteration; Halko et al. 2011, arXiv 0909.4061).
 
-    As many as `v` has directions: beyond its rank (singular values that are rounding errors of the largest) any vector would do.
+    As many as `v` has directions: beyond its rank (singular values that are rounding errors of the largest) any vector would do,
+    and with `beyond` such vectors fill up what is missing to `k`.
     Exact where `v` is small. Draws from a generator of its own.
     """
     import torch
 
     k = min(k, *v.shape)
     if min(v.shape) <= max(EXACT, k + SPARE):
-        return _kept(torch.linalg.svd(v, full_matrices=False), k, v)
+        return _kept(torch.linalg.svd(v, full_matrices=False), k, v, beyond)
     generator = torch.Generator().manual_seed(seed)
     q = torch.linalg.qr(v @ torch.randn(v.shape[1], k + SPARE, generator=generator, dtype=v.dtype)).Q
     for _ in range(rounds):
         q = torch.linalg.qr(v @ torch.linalg.qr(v.T @ q).Q).Q
-    found: Tensor = q @ _kept(torch.linalg.svd(q.T @ v, full_matrices=False), k, v)
+    found: Tensor = q @ _kept(torch.linalg.svd(q.T @ v, full_matrices=False), k, v, beyond)
     return found
 
 
-def _kept(svd: Any, k: int, v: Tensor) -> Tensor:
+def _kept(svd: Any, k: int, v: Tensor, beyond: bool) -> Tensor:
     import torch
 
     least = svd.S[0] * max(v.shape) * torch.finfo(v.dtype).eps
-    found: Tensor = svd.U[:, : min(k, int((least < svd.S).sum()))]
+    found: Tensor = svd.U[:, : k if beyond else min(k, int((least < svd.S).sum()))]
     return found
 
 
