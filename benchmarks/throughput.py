@@ -6,7 +6,7 @@
 
 "batched" is transformers' own `generate` over the prompts sorted by length, longest first, at the engine's batch size. Every round runs the
 three ways one after the other, the order turning from round to round; a ratio is the median over rounds of the ratio within a round, with a
-95 % bootstrap interval. "single" answers every third (lab: eighth, 7b: 32nd) prompt of that order only, since it is slow.
+95 % bootstrap interval. "single" answers every sixteenth (lab: eighth, 7b: 32nd) prompt of that order only, since it is slow.
 
 The lab model ends its answers itself. Random weights never do, so each prompt has a length at which its answer ends, the same in all three
 ways: drawn once from a log-normal distribution (median 60 tokens, sigma 0.8, at most 256), as refusals are short and compliant answers reach the suites' limit.
@@ -34,8 +34,8 @@ WAYS = ("engine", "batched", "single")
 SUITES = ("advbench", "xstest_safe", "gsm8k", "ifeval")
 MODELS: dict[str, dict[str, Any]] = {
     "lab": {"rows": 600, "batch": 64, "rounds": 9, "stride": 8},
-    "100m": {"rows": 64, "batch": 32, "rounds": 3, "stride": 8, "shape": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10}},
-    "100m-2": {"rows": 64, "batch": 32, "rounds": 3, "stride": 8, "threads": 2},  # needs two idle cores
+    "100m": {"rows": 256, "batch": 64, "rounds": 3, "stride": 16, "shape": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10}},
+    "100m-2": {"rows": 256, "batch": 64, "rounds": 3, "stride": 16, "threads": 2},  # needs two idle cores
     "7b": {"rows": 1024, "batch": 128, "rounds": 5, "stride": 32, "shape": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}},
 }  # fmt: skip
 MODELS["100m-2"]["shape"] = MODELS["100m"]["shape"]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 READ = 8192  # tokens that are read at once, which bounds the memory for long prompts
+FEW = 1024  # tokens that are worth a reading of their own
 
 
 @dataclass(eq=False)
@@ -49,19 +50,34 @@ class Batch:
 
     def refill(self, fresh: Sequence[Row]) -> list[int]:
         """Drop rows that have ended, read `fresh` ones and let them in. The next token of each of these."""
+        read = [(group, *self._read(group)) for group in _groups(fresh)]
+        ended = [i for i, row in enumerate(self.rows) if row.ended]
+        if fresh and len(fresh) == len(ended) and max(row.length for row in fresh) <= self._mask.shape[1]:
+            self._replace(ended, [(group, cache) for group, cache, _ in read])
+        else:
+            self._rebuild([(group, cache) for group, cache, _ in read])
+        return [token for group, _, logits in read for token in _next(logits, group)]
+
+    def _replace(self, places: Sequence[int], read: Sequence[tuple[Sequence[Row], Any]]) -> None:
+        """Put new rows where others have ended; the rest stays where it is in memory."""
+        taken = iter(places)
+        for group, cache in read:
+            into = [next(taken) for _ in group]
+            _cache.replace(self._cache, into, cache)
+            for place, row in zip(into, group):
+                self.rows[place] = row
+        fresh = {row for group, _ in read for row in group}
+        self._mask = self._masked([row.length - (row not in fresh) for row in self.rows])
+        _cache.trim(self._cache, self._mask.shape[1])
+
+    def _rebuild(self, read: Sequence[tuple[Sequence[Row], Any]]) -> None:
+        """A cache of the rows that are being written, and of new ones behind them."""
         live = [i for i, row in enumerate(self.rows) if not row.ended]
-        parts: list[tuple[Any, Sequence[int]]] = [(self._cache, live)]
-        tokens: list[int] = []
-        for group in _groups(fresh):
-            cache, logits = self._read(group)
-            parts.append((cache, range(len(group))))
-            tokens += _next(logits, group)
-        lengths = [self.rows[i].length - 1 for i in live] + [row.length for row in fresh]
-        self.rows = [self.rows[i] for i in live] + list(fresh)
-        width = max(lengths, default=0)
-        self._cache = _cache.joined(self.model, [(c, rows) for c, rows in parts if rows], width) if self.rows else None
-        self._mask = self._masked(lengths, width)
-        return tokens
+        lengths = [self.rows[i].length - 1 for i in live] + [row.length for group, _ in read for row in group]
+        parts = [(self._cache, live), *((cache, range(len(group))) for group, cache in read)]
+        self.rows = [self.rows[i] for i in live] + [row for group, _ in read for row in group]
+        self._mask = self._masked(lengths)
+        self._cache = _cache.joined(self.model, [(c, rows) for c, rows in parts if rows], self._mask.shape[1]) if self.rows else None
 
     def step(self) -> list[int]:
         """The next token of every row."""
@@ -80,7 +96,7 @@ class Batch:
         texts = [row.job.ids + row.written for row in rows]
         width = max(map(len, texts))
         ids = torch.tensor([[self.pad] * (width - len(t)) + t for t in texts], device=self.model.device)
-        mask = self._masked([len(t) for t in texts], width)
+        mask = self._masked([len(t) for t in texts])
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         cache, stride = _cache.empty(self.model), max(1, READ // len(rows))
         for start in range(0, width, stride):
@@ -99,23 +115,30 @@ class Batch:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _masked(self, lengths: Sequence[int], width: int) -> Tensor:
+    def _masked(self, lengths: Sequence[int]) -> Tensor:
+        """(rows, longest), 1 in the last `lengths` columns."""
         import torch
 
-        device = self.model.device
+        device, width = self.model.device, max(lengths, default=0)
         return (torch.arange(width, device=device) >= width - torch.tensor(lengths, device=device)[:, None]).long()
 
 
 def _groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Neighbours that are read together: at most READ tokens with their padding, unless a single one is longer."""
+    """Neighbours that are read together.
+
+    At most READ tokens with their padding, unless a single one is longer; once there are FEW, only others of much the same length.
+    """
     groups: list[list[Row]] = []
     widest = 0
     for row in rows:
-        widest = max(widest, row.length) if groups else row.length
-        if not groups or widest * (len(groups[-1]) + 1) > READ:
+        held = widest * len(groups[-1]) if groups else 0
+        wide = max(widest, row.length)
+        alike = min(widest, row.length) >= 0.9 * wide
+        if not groups or wide * (len(groups[-1]) + 1) > READ or (held >= FEW and not alike):
             groups.append([])
-            widest = row.length
+            wide = row.length
         groups[-1].append(row)
+        widest = wide
     return groups
 
 

@@ -1,6 +1,6 @@
 """Key/value caches of rows that come and go: rows are dropped and joined along the batch axis, columns are padded on the left.
 
-Works on the layers of transformers' `DynamicCache`. A sliding layer keeps its last window - 1 columns, but counts all; since rows
+Works on `_layers`, which stand in for those of transformers' `DynamicCache`. A sliding layer keeps its last window - 1 columns, but counts all; since rows
 are padded on the left, their last columns are the same as the whole cache's, so dropping, padding and trimming treat it like any other.
 """
 
@@ -45,7 +45,11 @@ def empty(model: Any) -> Any:
     """A cache for the first tokens of some rows."""
     from transformers import DynamicCache
 
-    return DynamicCache(config=model.config)
+    from resafe.backends._layers import in_place
+
+    found = DynamicCache(config=model.config)
+    found.layers = [in_place(layer) for layer in found.layers]
+    return found
 
 
 def joined(model: Any, parts: Sequence[tuple[Any, Sequence[int]]], width: int) -> Any:
@@ -53,13 +57,15 @@ def joined(model: Any, parts: Sequence[tuple[Any, Sequence[int]]], width: int) -
 
     A row that has more columns loses its leftmost, which must be padding; one that has fewer gets zeros, which the mask must hide.
     """
+    from resafe.backends import _layers
+
     found = empty(model)
     for i, layer in enumerate(found.layers):
-        held = min(width, layer.sliding_window - 1) if layer.is_sliding else width
         sources = [(cache.layers[i], list(rows)) for cache, rows in parts if rows]
+        held = _held(layer, width)
         keys, values = (_stacked([(getattr(s, what), rows) for s, rows in sources], held) for what in ("keys", "values"))
         layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
+        layer.keys, layer.values, layer.spare = keys, values, _layers.SPARE
         if layer.is_sliding:
             layer.cumulative_length = width
         for source, _ in sources:
@@ -67,15 +73,47 @@ def joined(model: Any, parts: Sequence[tuple[Any, Sequence[int]]], width: int) -
     return found
 
 
+def replace(cache: Any, rows: Sequence[int], part: Any) -> None:
+    """Put all rows of `part`, which has no more columns and is emptied, in the places of the named rows of `cache`."""
+    import torch
+
+    for layer, source in zip(cache.layers, part.layers):
+        places = torch.tensor(rows, device=layer.keys.device)
+        with torch.inference_mode():  # as they were made
+            for what in ("keys", "values"):
+                _lay(getattr(layer, what), places, getattr(source, what))
+        source.keys = source.values = None
+
+
+def trim(cache: Any, width: int) -> None:
+    """Let go of all columns but the last `width`."""
+    for layer in cache.layers:
+        drop = layer.keys.shape[2] - _held(layer, width)
+        layer.keys, layer.values = layer.keys[:, :, drop:], layer.values[:, :, drop:]
+        if layer.is_sliding:
+            layer.cumulative_length = width
+
+
+def _held(layer: Any, width: int) -> int:
+    """Number of columns that a layer keeps of `width`."""
+    return min(width, layer.sliding_window - 1) if layer.is_sliding else width
+
+
 def _stacked(parts: Sequence[tuple[Tensor, list[int]]], width: int) -> Tensor:
     """Rows of tensors of shape (rows, heads, columns, size), aligned on the right in one of `width` columns."""
-    first = parts[0][0]
-    out = first.new_zeros((sum(len(rows) for _, rows in parts), first.shape[1], width, first.shape[3]))
+    from resafe.backends import _layers
+
+    out = _layers.roomy(parts[0][0], sum(len(rows) for _, rows in parts), width)
     start = 0
     for tensor, rows in parts:
-        columns = min(width, tensor.shape[2])
-        if columns:
-            kept = tensor[:, :, tensor.shape[2] - columns :]
-            out[start : start + len(rows), :, width - columns :] = kept if rows == list(range(len(tensor))) else kept[rows]
+        _lay(out, slice(start, start + len(rows)), tensor if rows == list(range(len(tensor))) else tensor[rows])
         start += len(rows)
     return out
+
+
+def _lay(into: Tensor, rows: slice | Tensor, tensor: Tensor) -> None:
+    """Write `tensor` into rows of `into`, aligned on the right."""
+    width = into.shape[2]
+    columns = min(width, tensor.shape[2])
+    into[rows, :, : width - columns] = 0  # hidden by the mask, but 0 times what memory may contain can be NaN
+    into[rows, :, width - columns :] = tensor[:, :, tensor.shape[2] - columns :]

@@ -18,7 +18,7 @@ from resafe.backends._plain import write_batch
 from resafe.errors import ResafeError
 
 VERSION = 1  # raise when the same request may get another answer
-SLACK = 8  # a batch is rearranged, which copies its cache, when an eighth of its places is free
+SLACK = 8  # rows are let in, or a batch made smaller, when an eighth of its places is free
 
 
 def write(model: Any, jobs: Sequence[Job], batch_size: int, stops: Sequence[int], pad: int) -> Iterator[tuple[int, list[int]]]:

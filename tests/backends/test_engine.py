@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from resafe.backends import Sampling, _batch, _cache
+from resafe.backends import Sampling, _batch, _cache, _layers
 from resafe.backends._draw import Job
 from resafe.backends._engine import write
 from resafe.errors import ResafeError
@@ -80,6 +80,46 @@ def test_answers_are_those_of_one_prompt_at_a_time(kind: str) -> None:
     assert _cache.joinable(model) and len({tuple(ids) for ids in expected}) > 12
     for size in (1, 5, 16):
         assert written(model, jobs, size) == expected
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_answers_do_not_depend_on_the_room_that_a_cache_has_nor_on_what_is_in_it(kind: str, spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room that was never written is full of NaN here; with little of it, a cache grows again and again."""
+    model, jobs = model_of(kind, **SLIDING.get(kind, {})), jobs_of(24)
+    expected, roomy = singly(model, jobs), _layers.roomy
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        found = roomy(*args)
+        found.as_strided((found.untyped_storage().nbytes() // found.element_size(),), (1,)).fill_(torch.nan)
+        return found
+
+    monkeypatch.setattr(_layers, "SPARE", spare)
+    monkeypatch.setattr(_layers, "roomy", poisoned)
+    for size in (5, 16):
+        assert written(model, jobs, size) == expected
+
+
+def test_a_token_is_written_behind_the_others_and_a_prompt_where_one_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both leave the other rows where they are in memory; only a batch that gets larger or smaller is copied."""
+    model, copies, joined = model_of("llama"), list[int](), _cache.joined
+    monkeypatch.setattr(_cache, "joined", lambda m, parts, width: copies.append(width) or joined(m, parts, width))
+    grown, roomy = list[int](), _layers.roomy
+    monkeypatch.setattr(_layers, "roomy", lambda *args: grown.append(1) or roomy(*args))
+    jobs = [Job([5] * 9, n) for n in (3, 40, 4, 5, 6, 7)]
+    list(write(model, jobs, 2, [], PAD))
+    layers, readings = 2 * model.config.num_hidden_layers, 5  # keys and values; the first two prompts are read together
+    assert len(copies) == 2  # both at the start, and the longest answer when nothing waits any more
+    assert sum(grown) == layers * (readings + len(copies))
+
+
+def test_prompts_of_different_length_are_read_apart_once_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [_batch.Row(i, Job([1] * n, 1)) for i, n in enumerate([100, 95, 91, 60, 59, 10, 9])]
+    assert [len(g) for g in _batch._groups(rows)] == [7]
+    monkeypatch.setattr(_batch, "FEW", 100)
+    assert [[len(row.job.ids) for row in g] for g in _batch._groups(rows)] == [[100, 95, 91], [60, 59], [10, 9]]
+    monkeypatch.setattr(_batch, "READ", 200)
+    assert [len(g) for g in _batch._groups(rows)] == [2, 2, 2, 1]
 
 
 def test_answers_are_those_of_a_model_without_a_cache() -> None:
