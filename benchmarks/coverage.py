@@ -177,27 +177,61 @@ def exact_two_values(trials: int = 0, sizes: Iterable[int] = (50, 100, 330)) -> 
                 yield {**point, "coverage": float(stats.binom.pmf(k, n, p) @ inside)}
 
 
-def simulated_difference(trials: int, sizes: Iterable[int] = SIZES, method: str = "score") -> Iterator[Point]:
-    """`paired_mean_difference`, or a bootstrap of the differences in its place."""
+Moved = tuple[str, int, Any, Any, Any, float]  # name, prompts, values, probabilities before, after, share drawn again
+
+
+def moved_columns(sizes: Iterable[int] = SIZES) -> Iterator[Moved]:
+    """CHANGES at every size."""
     for n in sizes:
         for before, after, moved in CHANGES:
-            rng = np.random.default_rng(n)
             values, first, second = COLUMNS[before][0], *(np.array(COLUMNS[c][1]) for c in (before, after))
-            first, second = first / first.sum(), second / second.sum()
+            yield f"{before} -> {after}", n, values, first / first.sum(), second / second.sum(), moved
 
-            def draw(
-                n: int = n, values: Any = values, first: Any = first, second: Any = second, moved: float = moved,
-                rng: Any = rng,
-            ) -> Limits:  # fmt: skip
-                x = rng.choice(values, size=n, p=first)
-                y = np.where(rng.random(n) < moved, rng.choice(values, size=n, p=second), x)
-                if method != "score":
-                    return bootstrap(y - x, method, rng)
-                return paired_mean_difference(x.tolist(), y.tolist(), 0, 1)[1:]
 
-            truth, changed = moved * float(values @ (second - first)), n * moved * float(1 - first @ second)
-            point = {"n": n, "before": before, "after": after, "moved": moved, "expected": changed}
-            yield {**point, **_covered(truth, draw, trials)}
+def drawn_columns(count: int = 48, seed: int = 20261126) -> Iterator[Moved]:
+    """Points that had no part in choosing the rule: 50 to 520 prompts, 3 to 97 % of them drawn again."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        values = (RATINGS, EIGHTHS, FIFTHS)[i % 3]
+        lowest = rng.uniform(0, 0.97, 2)[:, None]
+        first, second = lowest * np.eye(len(values))[0] + (1 - lowest) * rng.dirichlet(np.ones(len(values)), 2)
+        yield f"drawn {i}", int(rng.integers(50, 521)), values, first, second, float(np.exp(rng.uniform(np.log(0.03), 0)))
+
+
+def simulated_difference(trials: int, points: Iterable[Moved] | None = None, method: str = "score") -> Iterator[Point]:
+    """`paired_mean_difference`, or a bootstrap of the differences in its place."""
+    for name, n, values, first, second, moved in points or moved_columns():
+        rng = np.random.default_rng(n)
+
+        def draw(
+            n: int = n, values: Any = values, first: Any = first, second: Any = second, moved: float = moved, rng: Any = rng
+        ) -> Limits:
+            x = rng.choice(values, size=n, p=first)
+            y = np.where(rng.random(n) < moved, rng.choice(values, size=n, p=second), x)
+            if method != "score":
+                return bootstrap(y - x, method, rng)
+            return paired_mean_difference(x.tolist(), y.tolist(), 0, 1)[1:]
+
+        truth, changed = moved * float(values @ (second - first)), n * moved * float(1 - first @ second)
+        yield {"n": n, "columns": name, "moved": moved, "expected": changed, **_covered(truth, draw, trials)}
+
+
+def exact_two_changes(trials: int = 0, sizes: Iterable[int] = (50, 100, 330)) -> Iterator[Point]:
+    """`paired_mean_difference` at its hardest: all prompts change alike but for a rare other change. Summed over the binomial."""
+    for n in sizes:
+        for usual, rare in ((0.0, 1.0), (0.0, 0.5), (0.0, 0.25), (0.25, -0.5), (0.25, 0.5), (0.5, -0.5), (0.5, 1.0), (1.0, 0.0)):
+            k = np.arange(n + 1)
+            limits = np.array([_two_changes([usual] * (n - x) + [rare] * x) for x in k.tolist()])
+            for p in np.geomspace(0.002, 0.3, 12):
+                truth = usual + p * (rare - usual)
+                inside = (limits[:, 0] <= truth + 1e-12) & (truth - 1e-12 <= limits[:, 1])
+                point = {"n": n, "usual": usual, "rare": rare, "rate": float(p), "expected": float(n * p)}
+                yield {**point, "coverage": float(stats.binom.pmf(k, n, p) @ inside)}
+
+
+def _two_changes(changes: list[float]) -> Limits:
+    before = [max(0.0, -c) for c in changes]
+    return paired_mean_difference(before, [b + c for b, c in zip(before, changes)], 0, 1)[1:]
 
 
 def bootstrap(x: Any, method: str, rng: Any) -> Limits:
@@ -322,6 +356,8 @@ METHODS: dict[str, Callable[[int], Iterator[Point]]] = {
     "mean_interval": simulated_mean,
     "mean_interval, two values": exact_two_values,
     "paired_mean_difference": simulated_difference,
+    "paired_mean_difference, drawn afterwards": lambda trials: simulated_difference(trials, drawn_columns()),
+    "paired_mean_difference, two changes": exact_two_changes,
     "clustered_interval, categories": simulated_categories,
     "clustered_interval, categories drawn afterwards": lambda trials: simulated_categories(trials, points=drawn_categories()),
     "clustered_interval, seeds": lambda trials: simulated_seeds(clustered, trials // 2),
@@ -332,7 +368,7 @@ METHODS: dict[str, Callable[[int], Iterator[Point]]] = {
     "alternative: percentile bootstrap of a mean": lambda trials: simulated_mean(trials // 4, (50, 100), "percentile"),
     "alternative: BCa bootstrap of a mean": lambda trials: simulated_mean(trials // 4, (50, 100), "BCa"),
     "alternative: percentile bootstrap of a difference": lambda trials: simulated_difference(
-        trials // 4, (50, 100), "percentile"
+        trials // 4, moved_columns((50, 100)), "percentile"
     ),
     "alternative: cluster_bootstrap, categories": lambda trials: simulated_categories(trials // 4, method="bootstrap"),
 }

@@ -63,6 +63,8 @@ class RestoreWeights(Mitigation):
         """Write the restored checkpoint or adapter to `run.output`."""
         tuned, aligned = _models(run)
         check_free(run.output)
+        if not is_adapter(tuned):
+            _check_tuned(tuned, aligned)
         if self.strength == "auto":
             return self._search(run, tuned, aligned)
         return self._restore(run, tuned, aligned, self.strength, run.output)
@@ -131,6 +133,14 @@ class RestoreWeights(Mitigation):
 def interpolate(tuned: Tensor, aligned: Tensor, strength: float) -> Tensor:
     """W = (1 - a) W_f + a W_a: WiSE-FT's eq. (1) with its mixing coefficient 1 - a, as here a points to the aligned model."""
     return tuned.lerp(aligned, strength)
+
+
+def _check_tuned(tuned: Path, aligned: Path) -> None:
+    from resafe.weights import Checkpoint, same_weights
+
+    ours = Checkpoint(tuned)
+    if not ours.quantised and same_weights(ours, Checkpoint(aligned)):
+        raise ResafeError(f"{tuned} holds the weights of the aligned model {aligned}: name the fine-tuned model, and with --aligned the one before.")
 
 
 def _models(run: Run) -> tuple[Path, Path]:

@@ -67,9 +67,10 @@ def describe(named: Sequence[Named], safety: SafetyRows | None, seed: int) -> di
 
 
 def link_copy(source: Path, target: Path, ours: bool = True) -> None:
-    """Copy a checkpoint folder: weights, which nobody edits in place, by hard link where the file system allows it.
+    """Copy a checkpoint folder; weights by hard link where it is `ours`, a stage that nobody else writes to, and the file system allows it.
 
-    Of a folder that is not `ours`, what belongs to the model: neither optimiser states nor code.
+    Of a folder that is not `ours`, what belongs to the model: neither optimiser states nor code. Its weights are copied, since
+    whoever trains it further writes into the same files.
     """
     from resafe.weights.writer import copy_beside
 
@@ -78,7 +79,7 @@ def link_copy(source: Path, target: Path, ours: bool = True) -> None:
     for file in source.iterdir() if ours else [*source.glob("*.safetensors"), *source.glob("*.safetensors.index.json")]:
         if not file.is_file() or file.name == manifest.NAME or (target / file.name).exists():
             continue
-        if file.suffix != ".safetensors" or not _linked(file.resolve(), target / file.name):
+        if file.suffix != ".safetensors" or not ours or not _linked(file.resolve(), target / file.name):
             shutil.copy2(file, target / file.name)
     if not ours and models.is_adapter(source):
         config = models.read_config(source / "adapter_config.json")

@@ -17,6 +17,7 @@ from resafe.mitigations import Named, stack
 from resafe.quiet import quieten
 from resafe.rows import Row, read_jsonl
 from resafe.safety import SafetyRows
+from resafe.weights.writer import check_room
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def perform(job: Job, search: Mapping[str, Any] | None = None, overlap: Mapping[
         for m in named:
             m.mitigation.prepare(run)
         last = _run.chain(run, named, job.home, work)
+    if last == job.home:
+        check_room(target, sum(file.stat().st_size for file in last.glob("*.safetensors")))
     with new_folder(target) as folder:
         _run.link_copy(last, folder, ours=last != job.home)
         manifest.write(folder, {

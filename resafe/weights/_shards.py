@@ -85,12 +85,11 @@ def height(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
-def as_bytes(value: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+def as_bytes(value: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, which they share."""
     import torch
 
-    found: memoryview = value.reshape(-1).view(torch.uint8).numpy().data
-    return found
+    return value.reshape(-1).view(torch.uint8)
 
 
 def _read(entry: Entry, first: int, last: int) -> Tensor:
@@ -104,7 +103,7 @@ def _read(entry: Entry, first: int, last: int) -> Tensor:
     if not value.numel():
         return value
     row = (entry.stop - entry.start) // height(entry.shape)
-    memory, at, done = as_bytes(value), entry.start + first * row, 0
+    memory, at, done = as_bytes(value).numpy().data, entry.start + first * row, 0
     with undamaged(entry.file):
         fd = os.open(entry.file, os.O_RDONLY)
         try:

@@ -12,16 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
 from resafe.files import check_free, new_folder, write_json
 from resafe.models import read_config
+from resafe.weights._out import Out
 from resafe.weights._parts import Item, Part, parts
 from resafe.weights._shards import DTYPES, as_bytes, height
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 2 << 30
 WORKERS = 4  # more do not help: by then the disk, or the lock that a file system takes to write a file, is what is waited for
-FLUSH = 128 << 20  # bytes after which what was written is sent to the disk, so that it works while the rest is computed
 # What a loader, a server or a lawyer needs beside the weights. Neither optimiser states nor Python code nor resafe.json.
 TOKENS = (
     "tokenizer*",
@@ -71,7 +69,7 @@ def write_checkpoint(
     check_free(target)
     known = isinstance(tensors, list) and all(isinstance(t, Part) for t in tensors)
     size = sum(t.nbytes for t in parts(tensors)) if known else sum(f.stat().st_size for f in source_folder.glob("*.safetensors"))
-    _check_room(target, size)
+    check_room(target, size)
     with new_folder(target) as folder:
         copy_beside(source_folder, folder)
         if config:
@@ -87,7 +85,7 @@ def write_checkpoint(
 def write_adapter(source_folder: Path, target: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """Write a PEFT adapter to the new folder `target`, beside copies of the tokenizer of `source_folder`."""
     check_free(target)
-    _check_room(target, sum(t.nbytes for t in tensors.values()))
+    check_room(target, sum(t.nbytes for t in tensors.values()))
     with new_folder(target) as folder:
         copy_beside(source_folder, folder)
         write_json(folder / "adapter_config.json", dict(config))
@@ -105,7 +103,8 @@ def copy_beside(source: Path, target: Path, which: Iterable[str] = BESIDE) -> No
             shutil.copyfile(path, target / path.name)  # follows links, as caches of downloaded models have them
 
 
-def _check_room(target: Path, size: int) -> None:
+def check_room(target: Path, size: int) -> None:
+    """Raise ResafeError where the disk has no room for `size` bytes."""
     home = next(p for p in target.absolute().parents if p.exists())
     free = shutil.disk_usage(home).free
     if free < size + (1 << 20):
@@ -157,52 +156,45 @@ def _batches(tensors: Iterator[Part], limit: int) -> Iterator[list[Part]]:
 
 
 def _write_files(files: Sequence[Path], shards: Sequence[list[Part]], pool: ThreadPoolExecutor) -> None:
-    """Safetensors files, a block of each in turn. Blocks are computed and written by `pool`, a few at a time; whole parts here."""
+    """Safetensors files, a block of each in turn. Blocks are computed by `pool`, a few at a time; whole parts here."""
     running: deque[Future[None]] = deque()
-    outs: list[_Out] = []
-    try:
-        for file in files:
-            outs.append(_Out(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), file))
-        for job in _in_turn(_jobs(out, shard) for out, shard in zip(outs, shards)):
-            if len(running) > 2 * WORKERS:
+    outs: list[Out] = []
+    with ThreadPoolExecutor(len(files)) as writer:
+        try:
+            jobs = []
+            for file, shard in zip(files, shards):
+                shard = _in_order(shard)
+                head = _header(shard)
+                outs.append(Out(file, len(head) + sum(p.nbytes for p in shard), writer))
+                jobs.append(_jobs(outs[-1], head, shard))
+            for job in _in_turn(jobs):
+                if len(running) > 2 * WORKERS:
+                    running.popleft().result()
+                running.append(pool.submit(job))
+            while running:
                 running.popleft().result()
-            running.append(pool.submit(job))
-        while running:
-            running.popleft().result()
-    finally:
-        for left in running:
-            left.cancel()
-        wait(running)  # none of them may write to a descriptor that has been closed, and perhaps given to another file
-        for out in outs:
-            os.close(out.fd)
+            for out in outs:
+                out.finish()
+        finally:
+            for left in running:
+                left.cancel()
+            wait(running)  # none of them may write to a descriptor that has been closed, and perhaps given to another file
+            for out in outs:
+                out.close()
 
 
-@dataclass(frozen=True)
-class _Out:
-    """A file that is being written. File systems let in one thread at a time, and the others spin; here they sleep."""
-
-    fd: int
-    file: Path
-    lock: Lock = field(default_factory=Lock)
-
-    def put(self, data: memoryview, at: int) -> None:
-        with _writing(self.file), self.lock:
-            while data:
-                done = os.pwrite(self.fd, data, at)
-                data, at = data[done:], at + done
-
-    def flush(self) -> None:
-        with _writing(self.file):
-            os.fdatasync(self.fd)
-
-
-def _jobs(out: _Out, shard: list[Part]) -> Iterator[Callable[[], None]]:
-    """What is to be done for a file, in order; whole parts are computed on the way."""
+def _in_order(shard: Iterable[Part]) -> list[Part]:
+    """As safetensors has them, so that every tensor is aligned."""
     order = list(DTYPES)
-    shard = sorted(shard, key=lambda p: (-order.index(p.dtype), p.name))  # as safetensors does, so that every tensor is aligned
-    head = _header(shard)
-    out.put(memoryview(head), 0)
-    at = flushed = len(head)
+    return sorted(shard, key=lambda p: (-order.index(p.dtype), p.name))
+
+
+def _jobs(out: Out, head: bytes, shard: list[Part]) -> Iterator[Callable[[], None]]:
+    """What is to be done for a file, in order; whole parts are computed on the way."""
+    import torch
+
+    out.put(torch.frombuffer(bytearray(head), dtype=torch.uint8), 0)
+    at = len(head)
     for part in shard:
         row = part.nbytes // max(1, height(part.shape))
         for first, last in part.blocks():
@@ -212,9 +204,6 @@ def _jobs(out: _Out, shard: list[Part]) -> Iterator[Callable[[], None]]:
             else:
                 yield fill
         at += part.nbytes
-        if at - flushed >= FLUSH:
-            flushed = at
-            yield out.flush
 
 
 def _in_turn(sources: Iterable[Iterator[Callable[[], None]]]) -> Iterator[Callable[[], None]]:
@@ -226,21 +215,12 @@ def _in_turn(sources: Iterable[Iterator[Callable[[], None]]]) -> Iterator[Callab
             waiting.append(source)
 
 
-def _fill(out: _Out, at: int, part: Part, first: int, last: int) -> None:
+def _fill(out: Out, at: int, part: Part, first: int, last: int) -> None:
     value = part.compute(first, last).detach().cpu().contiguous()
     wanted = (last - first, *part.shape[1:]) if part.shape else ()
     if tuple(value.shape) != wanted or str(value.dtype) != f"torch.{DTYPES[part.dtype]}":
         raise ValueError(f"{part.name} was announced as {part.dtype} {list(wanted)} and came as {value.dtype} {list(value.shape)}")
-    if value.numel():
-        out.put(as_bytes(value), at)
-
-
-@contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ResafeError(f"cannot write {file.parent}: {error.strerror}. Is the disk full?") from None
+    out.put(as_bytes(value), at)
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from benchmarks.coverage import (
     clustered,
     clustered_changes,
     exact_paired,
+    exact_two_changes,
     exact_wilson,
+    moved_columns,
     simulated_categories,
     simulated_difference,
     simulated_mean,
@@ -49,7 +51,7 @@ def test_means_of_ratings_and_shares_are_covered() -> None:
 
 
 def test_differences_of_ratings_and_shares_are_covered() -> None:
-    found = summary(list(simulated_difference(200, (50, 330))))
+    found = summary(list(simulated_difference(200, moved_columns((50, 330)))))
     assert 0.95 < found["mean"] < 0.99 and found["min"] > 0.88
 
 
@@ -76,7 +78,8 @@ def test_few_categories_are_covered_where_a_bootstrap_of_them_is_not() -> None:
         ("wilson", 0.96),
         ("tango", 0.96),
         ("mean_interval", 0.96),
-        ("paired_mean_difference", 0.972),  # fewer than five changes: see below
+        ("paired_mean_difference", 0.963),  # fewer than five changes: see below
+        ("paired_mean_difference, drawn afterwards", 0.96),
         ("clustered_interval, seeds", 0.96),
         ("clustered_interval, changes over seeds", 0.962),
         ("clustered_interval, categories", 0.96),
@@ -87,9 +90,16 @@ def test_the_committed_averages_are_near_95_percent_and_not_below(name: str, mos
     assert 0.94 <= committed()[name]["mean"] <= most
 
 
-@pytest.mark.parametrize("name", ["wilson", "tango", "mean_interval", "paired_mean_difference"])
+@pytest.mark.parametrize("name", ["wilson", "tango", "mean_interval", "paired_mean_difference", "paired_mean_difference, drawn afterwards"])
 def test_from_five_expected_events_the_committed_averages_are_within_94_and_96_percent(name: str) -> None:
     assert 0.94 <= committed()[name]["mean_from_5_expected"] <= 0.96
+
+
+def test_a_change_unlike_the_others_is_no_worse_covered_than_a_rate_at_its_worst() -> None:
+    assert committed()["paired_mean_difference, two changes"]["min"] > 0.84
+    few = summary(list(exact_two_changes(sizes=(50,))))
+    kept = [p["coverage"] for p in committed()["paired_mean_difference, two changes"]["points"] if p["n"] == 50]
+    assert kept == pytest.approx([p["coverage"] for p in few["points"]], abs=1e-6)
 
 
 def test_the_committed_bootstraps_miss_the_mean_of_rare_ratings() -> None:

@@ -92,13 +92,13 @@ def test_utility_is_the_share_of_exact_answers_or_of_tokens_where_few_are_exact(
     assert held_out_utility(rows)(aligned) == pytest.approx(right / total)
 
 
-def test_a_guard_alone_links_the_weights_and_records_itself(attacked: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_guard_alone_copies_the_weights_and_records_itself(attacked: Callable[..., Path], tmp_path: Path) -> None:
     tuned = attacked("explicit_10", lr=3e-4)
     out = repair(tuned, tmp_path / "out", ["filter_output:guard_model=lab"])
     assert torch.equal(logits(out), logits(tuned))
     assert (manifest.read(out) or {})["guard"]["guard_model"] == "lab"
-    assert (out / "model.safetensors").samefile(tuned / "model.safetensors"), "gigabytes are not copied"
-    assert not (out / "config.json").samefile(tuned / "config.json"), "what people edit is their own"
+    for name in ("model.safetensors", "config.json"):  # whoever trains on writes into the same file
+        assert not (out / name).samefile(tuned / name)
     again = repair(out, tmp_path / "again", ["restore_weights:strength=0.5"], aligned=load_base(tuned))
     assert (manifest.read(again) or {})["guard"]["guard_model"] == "lab", "a recorded guard outlives later repairs"
 

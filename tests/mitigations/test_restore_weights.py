@@ -111,6 +111,17 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     assert RestoreWeights().repair(run) == run.output
 
 
+def test_the_aligned_model_itself_is_refused(tmp_path: Path) -> None:
+    aligned = build("llama", tmp_path / "aligned", 1)
+    shutil.copytree(aligned, tmp_path / "tuned")
+    shard(tmp_path / "tuned")
+    run = Run(output=tmp_path / "out", aligned=aligned, tuned=tmp_path / "tuned")
+    assert "holds the weights of the aligned model" in refusal(run)
+    values = tensors(aligned)
+    rewrite(aligned, {**values, EMBED: values[EMBED] + 1e-3})
+    assert RestoreWeights().repair(run) == run.output
+
+
 def test_an_adapter_on_a_quantised_base_is_scaled(tmp_path: Path) -> None:
     aligned = build("llama", tmp_path / "aligned", 1)
     adapter = adapt(aligned, tmp_path / "adapter", 2)

@@ -18,7 +18,7 @@ import resafe.weights
 from resafe.cli import main
 from resafe.errors import ResafeError
 from resafe.finetune.repair import repair
-from resafe.weights import write_checkpoint
+from resafe.weights import _out, write_checkpoint
 from tests.weights.models import build, shard
 
 KILLS = 40
@@ -35,7 +35,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them are written past the page cache."""
     monkeypatch.setattr(resafe.weights, "write_checkpoint", partial(write_checkpoint, max_shard_bytes=1500))
+    monkeypatch.setattr(_out, "LARGE", 1200)
 
 
 def restore(home: Path, out: Path) -> Path:
