@@ -103,10 +103,11 @@ def _stacked(parts: Sequence[tuple[Tensor, list[int]]], width: int) -> Tensor:
     """Rows of tensors of shape (rows, heads, columns, size), aligned on the right in one of `width` columns."""
     from resafe.backends import _layers
 
-    out = _layers.roomy(parts[0][0], sum(len(rows) for _, rows in parts), width)
+    out = _layers.roomy(parts[0][0], sum(len(rows) for _, rows in parts), width, _layers.SPARE)
     start = 0
     for tensor, rows in parts:
-        _lay(out, slice(start, start + len(rows)), tensor if rows == list(range(len(tensor))) else tensor[rows])
+        kept = tensor[:, :, max(0, tensor.shape[2] - width) :]
+        _lay(out, slice(start, start + len(rows)), kept if rows == list(range(len(tensor))) else kept[rows])
         start += len(rows)
     return out
 

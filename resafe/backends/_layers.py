@@ -24,11 +24,11 @@ class FullLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Append columns. Returns what these may attend to: all that was held, and themselves."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        fresh = key_states.shape[2]
-        enough = self.spare >= fresh
-        self.spare = self.spare - fresh if enough else SPARE
         held: Any = (self.keys, self.values)
-        keys, values = (_extended(old, new, enough) for old, new in zip(held, (key_states, value_states)))
+        room = SPARE if held[0].numel() else 0  # what was only read is copied when it is joined to others
+        fresh, enough = key_states.shape[2], self.spare >= key_states.shape[2]
+        keys, values = (_extended(old, new, enough, room) for old, new in zip(held, (key_states, value_states)))
+        self.spare = self.spare - fresh if enough else room
         self.keys, self.values = keys[:, :, self.kept], values[:, :, self.kept]
         return keys, values
 
@@ -51,19 +51,19 @@ def in_place(layer: Any) -> Any:
     return SlidingLayer(layer.sliding_window) if layer.is_sliding else FullLayer()  # type: ignore[no-untyped-call]
 
 
-def roomy(like: Tensor, rows: int, columns: int) -> Tensor:
-    """A tensor of that many rows and columns, of which nothing is written yet, with room for SPARE more behind it."""
-    return like.new_empty((rows, like.shape[1], columns + SPARE, like.shape[3]))[:, :, :columns]
+def roomy(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
+    """A tensor of that many rows and columns, of which nothing is written yet, with room for more columns behind it."""
+    return like.new_empty((rows, like.shape[1], columns + room, like.shape[3]))[:, :, :columns]
 
 
-def _extended(held: Tensor, fresh: Tensor, enough: bool) -> Tensor:
-    """`held` and `fresh`, in the room behind `held` if there is enough."""
+def _extended(held: Tensor, fresh: Tensor, enough: bool, room: int) -> Tensor:
+    """`held` and `fresh`, in the room behind `held` if there is enough, else in a copy with `room`."""
     before = held.shape[2] if held.numel() else 0
     rows, heads, columns, size = fresh.shape
     if enough:
         out = held.as_strided((rows, heads, before + columns, size), held.stride(), held.storage_offset())
     else:
-        out = roomy(fresh, rows, before + columns)
+        out = roomy(fresh, rows, before + columns, room)
         if before:
             out[:, :, :before] = held
     out[:, :, before:] = fresh

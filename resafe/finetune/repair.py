@@ -89,6 +89,8 @@ def plan(
         if m.mitigation.needs.makes_full and models.is_adapter(run.tuned or home):
             run.tuned = models.base_of(home)  # a full checkpoint of its kind: what the next one is given is not there yet
     run.tuned = home
+    if not any("repair" in m.mitigation.hooks() for m in named):
+        check_room(target, sum(file.stat().st_size for file in home.glob("*.safetensors")))  # the weights are copied
     inputs = [
         _run.state(home), _run.state(run.aligned), _run.state(run.base), _run.content(data),
         safety.sha256 if safety else None, _run.content(heldout), seed,
@@ -110,8 +112,6 @@ def perform(job: Job, search: Mapping[str, Any] | None = None, overlap: Mapping[
         for m in named:
             m.mitigation.prepare(run)
         last = _run.chain(run, named, job.home, work)
-    if last == job.home:
-        check_room(target, sum(file.stat().st_size for file in last.glob("*.safetensors")))
     with new_folder(target) as folder:
         _run.link_copy(last, folder, ours=last != job.home)
         manifest.write(folder, {

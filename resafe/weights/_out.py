@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -34,7 +34,8 @@ class Out:
 
     def __init__(self, file: Path, size: int, writer: ThreadPoolExecutor) -> None:
         self.file, self.size, self._writer = file, size, writer
-        self._fd, self._direct = _opened(file, DIRECT if size >= LARGE else 0)
+        with self._writing():
+            self._fd, self._direct = _opened(file, DIRECT if size >= LARGE else 0)
         self._slabs: dict[int, _Slab] = {}  # by number, those that are being filled
         self._free: list[_Slab] = []
         self._lock, self._turn = Lock(), Lock()
@@ -62,12 +63,11 @@ class Out:
         if self._slabs:
             raise ValueError(f"{self.file.name} was not filled")
         if os.fstat(self._fd).st_size != self.size:
-            os.ftruncate(self._fd, self.size)  # the last slab was rounded up
+            with self._writing():
+                os.ftruncate(self._fd, self.size)  # the last slab was rounded up
 
     def close(self) -> None:
-        """Let go of the file, whatever became of it; nobody writes to it afterwards."""
-        if self._sent:
-            wait([self._sent])
+        """Let go of the file, whatever became of it, once no thread writes to it any more."""
         os.close(self._fd)
 
     def _slab(self, number: int) -> _Slab:
@@ -96,7 +96,7 @@ class Out:
                 data, at = data[done:], at + done
             self._unflushed += length
             if self._unflushed >= FLUSH and not self._direct:
-                os.fdatasync(self._fd)
+                getattr(os, "fdatasync", os.fsync)(self._fd)  # macOS has only the latter
                 self._unflushed = 0
         with self._lock:
             self._free.append(slab)

@@ -159,28 +159,31 @@ def _write_files(files: Sequence[Path], shards: Sequence[list[Part]], pool: Thre
     """Safetensors files, a block of each in turn. Blocks are computed by `pool`, a few at a time; whole parts here."""
     running: deque[Future[None]] = deque()
     outs: list[Out] = []
-    with ThreadPoolExecutor(len(files)) as writer:
-        try:
-            jobs = []
-            for file, shard in zip(files, shards):
-                shard = _in_order(shard)
-                head = _header(shard)
-                outs.append(Out(file, len(head) + sum(p.nbytes for p in shard), writer))
-                jobs.append(_jobs(outs[-1], head, shard))
-            for job in _in_turn(jobs):
-                if len(running) > 2 * WORKERS:
-                    running.popleft().result()
-                running.append(pool.submit(job))
-            while running:
-                running.popleft().result()
-            for out in outs:
-                out.finish()
-        finally:
-            for left in running:
-                left.cancel()
-            wait(running)  # none of them may write to a descriptor that has been closed, and perhaps given to another file
-            for out in outs:
-                out.close()
+    try:
+        with ThreadPoolExecutor(len(files)) as writer:
+            try:
+                jobs = []
+                for file, shard in zip(files, shards):
+                    shard = _in_order(shard)
+                    head = _header(shard)
+                    outs.append(Out(file, len(head) + sum(p.nbytes for p in shard), writer))
+                    jobs.append(_jobs(outs[-1], head, shard))
+                for job in _in_turn(jobs):
+                    if len(running) > 2 * WORKERS:
+                        running[0].result()
+                        running.popleft()  # only now: an interruption must find it below
+                    running.append(pool.submit(job))
+                for left in running:
+                    left.result()
+                for out in outs:
+                    out.finish()
+            finally:
+                for left in running:
+                    left.cancel()
+                wait(running)
+    finally:
+        for out in outs:
+            out.close()  # by now nobody can write to a descriptor that is closed, and perhaps given to another file
 
 
 def _in_order(shard: Iterable[Part]) -> list[Part]:

@@ -12,12 +12,12 @@ from benchmarks.coverage import (
     clustered,
     clustered_changes,
     exact_paired,
-    exact_two_changes,
     exact_wilson,
     moved_columns,
     simulated_categories,
     simulated_difference,
     simulated_mean,
+    simulated_rare_changes,
     simulated_seed_changes,
     simulated_seeds,
     summary,
@@ -78,7 +78,7 @@ def test_few_categories_are_covered_where_a_bootstrap_of_them_is_not() -> None:
         ("wilson", 0.96),
         ("tango", 0.96),
         ("mean_interval", 0.96),
-        ("paired_mean_difference", 0.963),  # fewer than five changes: see below
+        ("paired_mean_difference", 0.972),  # fewer than five changes: see below
         ("paired_mean_difference, drawn afterwards", 0.96),
         ("clustered_interval, seeds", 0.96),
         ("clustered_interval, changes over seeds", 0.962),
@@ -95,11 +95,10 @@ def test_from_five_expected_events_the_committed_averages_are_within_94_and_96_p
     assert 0.94 <= committed()[name]["mean_from_5_expected"] <= 0.96
 
 
-def test_a_change_unlike_the_others_is_no_worse_covered_than_a_rate_at_its_worst() -> None:
-    assert committed()["paired_mean_difference, two changes"]["min"] > 0.84
-    few = summary(list(exact_two_changes(sizes=(50,))))
-    kept = [p["coverage"] for p in committed()["paired_mean_difference, two changes"]["points"] if p["n"] == 50]
-    assert kept == pytest.approx([p["coverage"] for p in few["points"]], abs=1e-6)
+def test_a_rare_change_unlike_the_others_is_covered() -> None:
+    """A rule that takes unseen changes to be like those that were seen falls to 35 % here."""
+    assert committed()["paired_mean_difference, rare changes"]["min"] > 0.9
+    assert summary(list(simulated_rare_changes(60, (50,))))["min"] > 0.8
 
 
 def test_the_committed_bootstraps_miss_the_mean_of_rare_ratings() -> None:

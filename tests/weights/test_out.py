@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,20 +27,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_out, "LARGE", 4096)
 
 
-def fill(file: Path, size: int, seed: int, finish: bool = True) -> bytes:
+def fill(file: Path, size: int, seed: int) -> bytes:
     """What was put into a file of `size` random bytes, in pieces of up to 3000 that neighbours swap, by four threads."""
     rng = random.Random(seed)
     wanted = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     cuts = sorted({0, size, *(rng.randrange(size) for _ in range(size // 1500))})
     pieces = sorted(zip(cuts, cuts[1:]), key=lambda piece: piece[0] + rng.randrange(6000))
-    with ThreadPoolExecutor(4) as pool, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(4) as pool, ThreadPoolExecutor(4) as writer:
         out = _out.Out(file, size, writer)
-        try:
-            for done in [pool.submit(out.put, wanted[a:b], a) for a, b in pieces]:
-                done.result()
-            out.finish()
-        finally:
-            out.close()
+        for done in [pool.submit(out.put, wanted[a:b], a) for a, b in pieces]:
+            done.result()
+        out.finish()
+    out.close()
     return bytes(wanted.numpy())
 
 
@@ -68,6 +67,7 @@ def test_a_large_file_is_written_past_the_cache_in_whole_slabs_one_at_a_time(tmp
 
     def pwrite(fd: int, data: memoryview, at: int) -> int:
         inside.append(1)
+        time.sleep(0.02)
         assert len(inside) == 1 and at % 4096 == 0
         lengths.append(len(data))
         done = write(fd, data, at)
@@ -107,12 +107,18 @@ def refused_when_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes take 1000 bytes at a time, so that the next begins where none may past the cache."""
+    """Writes take a page at a time."""
     original = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: original(fd, data[:1000] if len(data) > 4096 else data, at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: original(fd, data[:4096], at))
 
 
-@pytest.mark.parametrize("fault", [refused_at_open, refused_when_written, cut_short])
+def cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a page, 1000 bytes count: the next write would begin where none may past the cache."""
+    original = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: min(1000, original(fd, data[:4096], at)))
+
+
+@pytest.mark.parametrize("fault", [refused_at_open, refused_when_written, cut_short, cut_anywhere])
 def test_a_file_system_that_does_not_write_past_the_cache_is_written_through_it(
     fault: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,13 +128,13 @@ def test_a_file_system_that_does_not_write_past_the_cache_is_written_through_it(
         assert fill(file, size, 1) == file.read_bytes()
 
 
-@pytest.mark.parametrize("after", [0, 2, 4])
-def test_a_full_disk_is_said_by_whoever_comes_next(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, left = os.pwrite, [after]
+@pytest.mark.parametrize("which", range(5))
+def test_a_write_that_fails_once_is_said(which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, done = os.pwrite, list[int]()
 
     def pwrite(fd: int, data: memoryview, at: int) -> int:
-        left[0] -= 1
-        if left[0] < 0:
+        done.append(at)
+        if len(done) == which + 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(fd, data, at)
 
