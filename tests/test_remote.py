@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -15,6 +17,7 @@ from resafe import lab, models, remote
 from resafe.cli import cli, main
 from resafe.errors import ResafeError
 from resafe.remote import fetch
+from tests.weights.models import rewrite, tensors
 
 URL = "memory://bucket/tuned"
 
@@ -139,10 +142,17 @@ def test_the_command_line_shows_no_secret_wherever_the_url_stands(monkeypatch: p
         assert stop.value.code == 2 and "SECRET" not in err and err.startswith("resafe: ")
 
 
-def test_repair_reads_urls_and_writes_folders(bucket: Any, tmp_path: Path) -> None:
-    how = ["repair", URL, "--aligned", URL, "-m", "restore_weights:strength=0.5", "-o"]
+def test_repair_reads_urls_and_writes_folders(bucket: Any, aligned: Path, tmp_path: Path) -> None:
+    before = tmp_path / "before"
+    shutil.copytree(aligned, before)
+    rewrite(before, {name: 1.01 * tensor for name, tensor in tensors(aligned).items()})
+    for file in before.iterdir():
+        bucket.pipe_file(f"/bucket/aligned/{file.name}", file.read_bytes())
+    how = ["repair", URL, "--aligned", "memory://bucket/aligned", "-m", "restore_weights:strength=0.5", "-o"]
     done = CliRunner().invoke(cli, [*how, str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert models.vet(tmp_path / "out")
+    made, one, other = (tensors(folder) for folder in (models.vet(tmp_path / "out"), before, aligned))
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, (one[name] + other[name]) / 2)
     refused = CliRunner().invoke(cli, [*how, "s3://bucket/out"])
     assert refused.exit_code != 0 and "--output is a local folder" in str(refused.exception or refused.output)

@@ -17,13 +17,16 @@ from resafe.models import base_of, vet
 from tests.weights.models import adapt, build, configure
 
 
-def test_two_runs_on_the_same_output_do_not_meet(aligned: Path, tmp_path: Path) -> None:
-    job = plan(aligned, tmp_path / "out", ["restore_weights:strength=0.5"], aligned)
+def test_two_runs_on_the_same_output_do_not_meet(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    aligned, tuned = (build("llama", tmp_path / name, i) for i, name in enumerate(("aligned", "tuned")))
+    job = plan(tuned, home / "out", ["restore_weights:strength=0.5"], aligned)
     work = _run.workplace(job.run.output, [*job.inputs, [m.identity for m in job.named]])
     with _run.spending(work), pytest.raises(ResafeError, match="another run is at work on the same output"):
-        repair(aligned, tmp_path / "out", ["restore_weights:strength=0.5"], aligned)
-    assert list(tmp_path.iterdir()) == [], "neither output nor an empty workplace"
-    assert repair(aligned, tmp_path / "out", ["restore_weights:strength=0.5"], aligned).is_dir()
+        repair(tuned, home / "out", ["restore_weights:strength=0.5"], aligned)
+    assert list(home.iterdir()) == [], "neither output nor an empty workplace"
+    assert repair(tuned, home / "out", ["restore_weights:strength=0.5"], aligned).is_dir()
 
 
 @pytest.mark.parametrize("what", ["the adapter's base", "a copy with the old time", "a named model"])
