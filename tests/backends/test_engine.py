@@ -113,6 +113,23 @@ def test_a_token_is_written_behind_the_others_and_a_prompt_where_one_has_ended(m
     assert sum(grown) == layers * (readings + len(copies))
 
 
+def test_a_row_that_has_written_much_may_take_the_place_of_a_short_one() -> None:
+    """As after memory ran out, when rows are read again with what they have written."""
+    model, jobs = model_of("llama"), [Job([5] * 3, 30), Job([6] * 3, 1), Job([7] * 3, 30)]
+    rows = [_batch.Row(i, job, written=[8] * 20 * (i == 2)) for i, job in enumerate(jobs)]
+    batch, said = _batch.Batch(model, PAD), list[list[int]]()
+    for fresh in (rows[:2], rows[2:]):
+        for row, token in zip(fresh, batch.refill(fresh)):
+            row.add(token, [])
+    for _ in range(4):
+        for row, token in zip(batch.rows, batch.step()):
+            row.add(token, [])
+    for row in (rows[0], rows[2]):
+        ids = row.job.ids + row.written[: len(row.written) - 5]
+        said.append(model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=5, pad_token_id=PAD)[0, len(ids) :].tolist())
+    assert batch.rows == [rows[0], rows[2]] and said == [row.written[-5:] for row in (rows[0], rows[2])]
+
+
 def test_prompts_of_different_length_are_read_apart_once_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [_batch.Row(i, Job([1] * n, 1)) for i, n in enumerate([100, 95, 91, 60, 59, 10, 9])]
     assert [len(g) for g in _batch._groups(rows)] == [7]
