@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,13 @@ from resafe.models import is_adapter
 from resafe.weights import adapter_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from resafe.models import Loaded
+    from resafe.sensitivity import InputMoment
+    from resafe.weights import Checkpoint
+
+SINGLE = re.compile(r"\.experts\.\d+\.")
 
 
 def two_models(run: Run, name: str) -> tuple[Path, Path]:
@@ -50,11 +59,106 @@ def sampled(rows: list[Any], n: int, run: Run, name: str) -> list[Any]:
     return random.Random(f"{name} {run.seed}").sample(rows, min(n, len(rows)))
 
 
-def by_module(loaded: Loaded, stored: Collection[str], names: Collection[str]) -> dict[str, str]:
-    """Name in a checkpoint -> name in the loaded model, of the linear weights `names`. Raises ResafeError where one is missing."""
+@dataclass(frozen=True)
+class Place:
+    """Where a running model has a matrix that a checkpoint stores: in which parameter, of which expert there, and in which rows of it."""
+
+    parameter: str
+    turned: bool  # as (in, out), there and in the file
+    expert: int | None = None
+    rows: tuple[int, int] | None = None  # first, last + 1; None: all
+
+    @property
+    def name(self) -> str:
+        """What `input_moments` calls it."""
+        return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
+
+    def live(self, whole: Tensor) -> Tensor:
+        """Its part of `whole`, which is laid out as the parameter, as (out, in); a view."""
+        matrix = whole if self.expert is None else whole[self.expert]
+        return matrix.T if self.turned else matrix if self.rows is None else matrix[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The matrices of a checkpoint's linear weights, by the tensor that they are stored in."""
+
+    places: dict[str, list[Place]]
+
+    def __contains__(self, stored: str | None) -> bool:
+        return stored in self.places
+
+    def each(self, stored: str, *values: Tensor) -> Iterator[tuple[Place, tuple[Tensor, ...]]]:
+        """Each matrix of a tensor and its part of the `values`, which are laid out as the tensor, as (out, in); views."""
+        for i, place in enumerate(self.places[stored]):
+            matrices = [v[i] if v.ndim == 3 else v for v in values]
+            yield place, tuple(m.T if place.turned else m for m in matrices)
+
+    def tell_unseen(self, moments: Mapping[str, InputMoment], log: Callable[[str], None]) -> None:
+        """Say how many experts no position that counts was routed to, if any."""
+        places = [p for found in self.places.values() for p in found]
+        if unseen := [p.name for p in places if p.name not in moments]:
+            log(f"nothing was routed to {len(unseen)} of {sum(p.expert is not None for p in places)} matrices of experts, such as {unseen[0]}: use more rows to judge them")
+
+
+def layers_of(loaded: Loaded, model: Checkpoint) -> Layers:
+    """Where `loaded`, which was loaded from `model`, has its linear layers and experts. Raises ResafeError where one is not found."""
+    from resafe.sensitivity import linears, stacks
+    from resafe.sensitivity.linears import turned
     from resafe.weights import translate
 
-    there = translate(names, stored)
-    if lost := [n for n in names if n not in there]:
+    modules = linears(loaded.model)
+    there = translate(modules, model.names())
+    if lost := [n for n in modules if n not in there]:
         raise ResafeError(f"{loaded.folder} stores no tensor for {lost[0]}: this architecture is not supported.")
-    return {stored_name: name for name, stored_name in there.items()}
+    places = {there[n]: [Place(n, turned(m))] for n, m in modules.items()}
+    for name, module in stacks(loaded.model).items():
+        places |= _experts(name, module, model)
+    return Layers(places)
+
+
+def _experts(name: str, module: Any, model: Checkpoint) -> dict[str, list[Place]]:
+    """The experts of one layer, stored in the same two stacks as in memory, or one by one with gate and way up apart.
+
+    Files of one architecture may spell names and split experts in several ways. A candidate has the layer's number (and the expert's) in its
+    name; it is taken where it holds what was loaded. Raises ResafeError where that leaves out a part of a stack.
+    """
+    from resafe.sensitivity.linears import stacked
+
+    layer = _numbers(name)
+    candidates = [n for n in model.names() if _numbers(n)[: len(layer)] == layer and model.floating(n)]
+    found: dict[str, list[Place]] = {}
+    for part in stacked(module):
+        parameter, stack = f"{name}.{part}", getattr(module, part).detach()
+        covered = 0
+        for stored in candidates:
+            if len(model.shape(stored)) == 3:
+                places = [Place(parameter, module.is_transposed, e) for e in range(len(stack))]
+                same = _starts(model, stored, stack)
+            else:
+                expert = _numbers(stored)[len(layer) :]
+                places = [Place(parameter, False, expert[0], rows) for rows in _halves(part, stack)] if SINGLE.search(stored) and len(expert) == 1 else []
+                places = [p for p in places if _starts(model, stored, p.live(stack))][:1]
+                same = len(places) == 1
+            if same:
+                found[stored] = places
+                covered += prod(model.shape(stored))
+        if covered != stack.numel():
+            raise ResafeError(f"{model.folder} does not store the experts of {parameter} in a form that is known: this architecture is not supported.")
+    return found
+
+
+def _halves(part: str, stack: Tensor) -> list[tuple[int, int] | None]:
+    """The rows of an expert that a file may store apart."""
+    half = stack.shape[1] // 2
+    return [(0, half), (half, 2 * half)] if part == "gate_up_proj" else [None]
+
+
+def _starts(model: Checkpoint, stored: str, value: Tensor) -> bool:
+    """Whether the stored tensor has the shape of `value` and its first row, or matrix."""
+    return model.shape(stored) == tuple(value.shape) and model.tensor(stored, 0, 1).to(value.dtype).equal(value[:1].cpu())
+
+
+def _numbers(name: str) -> tuple[int, ...]:
+    """The parts of a name that are numbers: (0, 3) for model.layers.0.mlp.experts.3.w1.weight."""
+    return tuple(int(part) for part in name.split(".") if part.isdigit())

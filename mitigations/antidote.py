@@ -21,7 +21,7 @@ from pydantic import Field
 from resafe.errors import ResafeError
 from resafe.files import check_free
 from resafe.mitigation import Mitigation, Needs, Run
-from resafe.mitigations._calibrated import as_full, by_module, sampled
+from resafe.mitigations._calibrated import Layers, as_full, layers_of, sampled
 from resafe.models import base_of, is_adapter
 from resafe.rows import prompt_of
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Antidote(Mitigation):
-    """Full checkpoint out, also of a LoRA: single entries of W are edited. Embeddings, head and 1-D tensors stay as fine-tuned."""
+    """Full checkpoint out, also of a LoRA: single entries of W are edited. Embeddings, head, routers and 1-D tensors stay as fine-tuned."""
 
     needs: ClassVar[Needs] = Needs(safety=True, quantised=False, makes_full=True)
     dose: ClassVar[tuple[str, tuple[float, ...]]] = ("share", (0.01, 0.03, 0.1, 0.2, 0.3, 0.5))
@@ -69,41 +69,40 @@ class Antidote(Mitigation):
 
         model = Checkpoint(full).plain()
         if self.action == "zero":
-            return write_checkpoint(full, run.output, self._edited(model, self._layers(run, full, model)))
+            return write_checkpoint(full, run.output, self._edited(model, self._known(run, full, model)))
         assert run.aligned is not None
         pair = Pair(model, Checkpoint(run.aligned), run.log)
-        layers = self._layers(run, full, model)
+        known = self._known(run, full, model)
 
         def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
-            return layers[twin.tuned].undo(ours, theirs, self.share, self.keep) if twin.tuned in layers else ours
+            return known.undo(twin.tuned, ours, theirs, self.share, self.keep)
 
         return write_checkpoint(full, run.output, pair.edit(rule), config=pair.config)
 
-    def _edited(self, model: Checkpoint, layers: dict[str, _Layer]) -> Iterator[tuple[str, Tensor]]:
+    def _edited(self, model: Checkpoint, known: _Known) -> Iterator[tuple[str, Tensor]]:
         from resafe.weights import wide
 
         for name in model.names():
             value = model.finite(name)
-            if name in layers:
+            if name in known.layers:
                 w = wide(value)
-                value = layers[name].undo(w, w * 0, self.share, self.keep).to(value.dtype)
+                value = known.undo(name, w, w * 0, self.share, self.keep).to(value.dtype)
             yield name, value
 
-    def _layers(self, run: Run, full: Path, model: Checkpoint) -> dict[str, _Layer]:
-        """What is known of every linear weight, by its name in the checkpoint."""
+    def _known(self, run: Run, full: Path, model: Checkpoint) -> _Known:
+        """What is known of every linear weight of the checkpoint."""
         from resafe import models
-        from resafe.sensitivity import answers, input_moments, linears
-        from resafe.sensitivity.linears import turned
+        from resafe.sensitivity import answers, input_moments
 
         loaded = models.load(full)
+        layers = layers_of(loaded, model)
 
         def moments(rows: list[Row]) -> dict[str, InputMoment]:
             return input_moments(loaded.model, answers(loaded.tokenizer, rows, max_length=self.max_length), full=False)
 
         harmful = moments(self._harmful(run, loaded))
-        benign = moments(sampled(run.task or run.contrast, self.rows, run, "antidote benign")) if self.keep else {}
-        modules = linears(loaded.model)
-        return {s: _Layer(turned(modules[n]), harmful[n], benign.get(n)) for s, n in by_module(loaded, model.names(), harmful).items()}
+        layers.tell_unseen(harmful, run.log)
+        return _Known(layers, harmful, moments(sampled(run.task or run.contrast, self.rows, run, "antidote benign")) if self.keep else {})
 
     def _harmful(self, run: Run, loaded: Loaded) -> list[Row]:
         """Hazardous prompts with the fine-tuned model's own answers, where they are no refusals."""
@@ -120,20 +119,22 @@ class Antidote(Mitigation):
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """Whether its weight is stored as (in, out), and the moments of its inputs on harmful and on benign answers."""
+class _Known:
+    """The linear weights, and the moments of their inputs on harmful and on benign answers, by the names of `Place`."""
 
-    turned: bool
-    harmful: InputMoment
-    benign: InputMoment | None
+    layers: Layers
+    harmful: dict[str, InputMoment]
+    benign: dict[str, InputMoment]
 
-    def undo(self, w: Tensor, back: Tensor, share: float, keep: float) -> Tensor:
+    def undo(self, stored: str, w: Tensor, back: Tensor, share: float, keep: float) -> Tensor:
         """`w` with the entries of `back` where the change between them matters most to harmful answers; layout as stored."""
-        import torch
-
-        d = (w - back).T if self.turned else w - back
-        chosen = harmful_entries(d, self.harmful, self.benign, share, keep)
-        return torch.where(chosen.T if self.turned else chosen, back, w)
+        result = w.clone()
+        if stored in self.layers:
+            for place, (ours, theirs, target) in self.layers.each(stored, w, back, result):
+                if place.name in self.harmful:
+                    chosen = harmful_entries(ours - theirs, self.harmful[place.name], self.benign.get(place.name), share, keep)
+                    target.copy_(theirs.where(chosen, ours))
+        return result
 
 
 def harmful_entries(d: Tensor, harmful: InputMoment, benign: InputMoment | None, share: float, keep: float) -> Tensor:

@@ -25,7 +25,7 @@ from pydantic import Field
 from resafe.errors import ResafeError
 from resafe.files import check_free, scratch, write_json
 from resafe.mitigation import Mitigation, Needs, Run
-from resafe.mitigations._calibrated import as_full, by_module, sampled, two_models
+from resafe.mitigations._calibrated import as_full, layers_of, sampled, two_models
 from resafe.rows import prompt_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ RECORD = "restore_gradient.json"
 
 
 class RestoreGradient(Mitigation):
-    """Full checkpoint out, also of a LoRA: single entries of W are edited. Embeddings, head and 1-D tensors stay as fine-tuned."""
+    """Full checkpoint out, also of a LoRA: single entries of W are edited. Embeddings, head, routers and 1-D tensors stay as fine-tuned."""
 
     needs: ClassVar[Needs] = Needs(aligned=True, safety=True, quantised=False, makes_full=True)
     dose: ClassVar[tuple[str, tuple[float, ...]]] = ("rate", (0.005, 0.01, 0.02, 0.05, 0.1, 0.2))
@@ -125,18 +125,13 @@ class _Restored:
     def __init__(self, pair: Pair, loaded: Loaded) -> None:
         import torch
 
-        from resafe.sensitivity import linears
+        from resafe.sensitivity import weights
 
         self.pair, self.loaded = pair, loaded
-        self._modules = linears(loaded.model)
-        self._inside = by_module(loaded, pair.tuned.names(), self._modules)
-        self._twins = [t for t in pair.twins if t.aligned is not None and t.tuned in self._inside]
-        self.copied = {t.tuned: torch.zeros_like(self._live(t), dtype=torch.bool, device="cpu") for t in self._twins}
-
-    def _live(self, twin: Twin) -> Tensor:
-        """The weight in the running model."""
-        found: Tensor = self._modules[self._inside[twin.tuned]].weight.data
-        return found
+        self._live = {name: parameter.data for name, parameter in weights(loaded.model).items()}
+        self._layers = layers_of(loaded, pair.tuned)
+        self._twins = [t for t in pair.twins if t.aligned is not None and t.tuned in self._layers]
+        self.copied = {t.tuned: torch.zeros(pair.tuned.shape(t.tuned), dtype=torch.bool) for t in self._twins}
 
     @property
     def share(self) -> float:
@@ -148,24 +143,26 @@ class _Restored:
         return theirs.where(self.copied[twin.tuned], ours) if twin.tuned in self.copied else ours
 
     def copy(self, gradients: Mapping[str, Tensor], rate: float) -> None:
-        """Copy the best `rate` of every weight's entries, of those not copied yet."""
-        for twin, f, a, g in self._each(gradients):
-            self.copied[twin.tuned] |= to_copy(f, a, g, self.copied[twin.tuned], rate)
-            self._live(twin).copy_(self.rule(twin, f, a))
+        """Copy the best `rate` of every matrix's entries, of those not copied yet."""
+        for live, copied, f, a, g in self._each(gradients):
+            copied |= to_copy(f, a, g, copied, rate)
+            live.copy_(a.where(copied, f))
 
     def give_back(self, gradients: Mapping[str, Tensor], share: float) -> None:
-        """Give back the worst `share` of every weight's copied entries, by the gradients of the benign loss."""
-        for twin, f, a, g in self._each(gradients):
-            self.copied[twin.tuned] &= ~to_give_back(f, a, g, self.copied[twin.tuned], share)
-            self._live(twin).copy_(self.rule(twin, f, a))
+        """Give back the worst `share` of every matrix's copied entries, by the gradients of the benign loss."""
+        for live, copied, f, a, g in self._each(gradients):
+            copied &= ~to_give_back(f, a, g, copied, share)
+            live.copy_(a.where(copied, f))
 
-    def _each(self, gradients: Mapping[str, Tensor]) -> Iterator[tuple[Twin, Tensor, Tensor, Tensor]]:
-        """(twin, W_f, W_a, gradient) of each weight, laid out as stored."""
+    def _each(self, gradients: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """(weight in the running model, which entries are copied, W_f, W_a, gradient) of each matrix, (out, in); the first two are views."""
         from resafe.weights import wide
 
         for twin in self._twins:
             f, a = wide(self.pair.tuned.finite(twin.tuned)), wide(self.pair.aligned.finite(str(twin.aligned)))
-            yield twin, f, a, gradients[self._inside[twin.tuned]].to(f)
+            for place, (ours, theirs, copied) in self._layers.each(twin.tuned, f, a, self.copied[twin.tuned]):
+                g = place.live(gradients[place.parameter]).to(ours)
+                yield place.live(self._live[place.parameter]), copied, ours, theirs, g
 
 
 class _Utility:

@@ -5,7 +5,8 @@ Wei et al. 2024, arXiv 2402.05162 (ActSVD: the left singular vectors U of Z = W 
 W = W_tuned + strength U U^T (W_aligned - W_tuned), U being the top `rank` directions of the aligned model's outputs. The
 paper removes these ranks to show that safety lies in them; using them to restore a fine-tune is resafe's reading. With
 `utility_rank`, directions that benign prompts use most are left alone, as in the paper's orthogonal projection (I - U_u U_u^T) U_s U_s^T.
-A projection from the left keeps a LoRA a LoRA: B <- B - strength P B. Embeddings, head and 1-D tensors stay as fine-tuned.
+A projection from the left keeps a LoRA a LoRA: B <- B - strength P B. Embeddings, head, routers and 1-D tensors stay as fine-tuned,
+and so do experts that no refusal was routed to.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pydantic import Field
 from resafe.errors import ResafeError
 from resafe.files import check_free
 from resafe.mitigation import Mitigation, Needs, Run
-from resafe.mitigations._calibrated import by_module, sampled, two_models
+from resafe.mitigations._calibrated import Layers, layers_of, sampled, two_models
 from resafe.models import base_of, is_adapter
 from resafe.weights import adapter_of
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from resafe.models import Loaded
     from resafe.rows import Row
     from resafe.sensitivity import InputMoment
-    from resafe.weights import Twin
+    from resafe.weights import Checkpoint, Twin
 
 
 class RestoreRank(Mitigation):
@@ -60,14 +61,15 @@ class RestoreRank(Mitigation):
         from resafe.weights import Checkpoint, Pair, write_checkpoint
 
         pair = Pair(Checkpoint(tuned), Checkpoint(aligned), run.log)
-        layers = self._layers(run, aligned, pair.aligned.names())
+        known = self._known(run, aligned, pair.aligned)
 
         def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
-            if twin.aligned not in layers:
+            if twin.aligned not in known.layers:
                 return ours
-            layer = layers[twin.aligned]
-            back = self._projected(layer, layer.turn(theirs), layer.turn(theirs - ours))
-            return ours + self.strength * layer.turn(back)
+            result = ours.clone()
+            for place, (f, a, target) in known.layers.each(str(twin.aligned), ours, theirs, result):
+                target.copy_(f + self.strength * self._projected(known, place.name, a, a - f))
+            return result
 
         return write_checkpoint(tuned, run.output, pair.edit(rule), config=pair.config)
 
@@ -76,30 +78,28 @@ class RestoreRank(Mitigation):
         from resafe.weights import Checkpoint, translate, wide, write_adapter
 
         adapter, model = adapter_of(tuned, aligned), Checkpoint(aligned).plain()
-        layers = self._layers(run, aligned, model.names())
+        known = self._known(run, aligned, model)
         modules = {f"{name}.weight": module for name, module in adapter.modules.items()}
         tensors = {name: adapter.finite(name) for name in adapter.names()}
-        known = {name: there for name, there in translate(modules, model.names()).items() if there in layers}
-        if not known:
+        found = {name: there for name, there in translate(modules, model.names()).items() if there in known.layers}
+        if not found:
             raise ResafeError(f"restore_rank: {tuned} adapts no linear layer, such as {min(modules)}: there is nothing that it could restore.")
-        for name, there in known.items():
+        for name, there in found.items():
             b = tensors[modules[name].b]
-            back = self._projected(layers[there], layers[there].turn(wide(model.finite(there))), wide(b))
-            tensors[modules[name].b] = (wide(b) - self.strength * back).to(b.dtype)
+            for place, (w,) in known.layers.each(there, wide(model.finite(there))):
+                tensors[modules[name].b] = (wide(b) - self.strength * self._projected(known, place.name, w, wide(b))).to(b.dtype)
         config = {**adapter.config, "base_model_name_or_path": str(base_of(tuned).absolute())}
         return write_adapter(tuned, run.output, config, tensors)
 
-    def _layers(self, run: Run, aligned: Path, stored: list[str]) -> dict[str, _Layer]:
-        """What is known of every linear weight, by its name in the aligned checkpoint."""
+    def _known(self, run: Run, aligned: Path, model: Checkpoint) -> _Known:
+        """What is known of every linear weight of the aligned checkpoint."""
         from resafe import models
-        from resafe.sensitivity import linears
-        from resafe.sensitivity.linears import turned
 
         loaded = models.load(aligned)
+        layers = layers_of(loaded, model)
         safe = self._moments(run, loaded, run.refusals)
-        there, modules = by_module(loaded, stored, safe), linears(loaded.model)
-        benign = self._moments(run, loaded, run.task or run.contrast) if self.utility_rank else {}
-        return {s: _Layer(turned(modules[n]), safe[n], benign.get(n)) for s, n in there.items()}
+        layers.tell_unseen(safe, run.log)
+        return _Known(layers, safe, self._moments(run, loaded, run.task or run.contrast) if self.utility_rank else {})
 
     def _moments(self, run: Run, loaded: Loaded, rows: list[Row]) -> dict[str, InputMoment]:
         from resafe.sensitivity import answers, input_moments
@@ -107,27 +107,25 @@ class RestoreRank(Mitigation):
         chosen = sampled(rows, self.rows, run, "restore_rank")
         return input_moments(loaded.model, answers(loaded.tokenizer, chosen, max_length=self.max_length))
 
-    def _projected(self, layer: _Layer, w: Tensor, x: Tensor) -> Tensor:
+    def _projected(self, known: _Known, name: str, w: Tensor, x: Tensor) -> Tensor:
         """P x for the aligned weight `w`, (out, in), and `x`, (out, n)."""
-        u = output_directions(w, layer.safe, self.rank).to(x.dtype)
+        if name not in known.safe:
+            return x * 0
+        u = output_directions(w, known.safe[name], self.rank).to(x.dtype)
         found = u @ (u.T @ x)
-        if layer.benign is not None:
-            v = output_directions(w, layer.benign, self.utility_rank).to(x.dtype)
+        if name in known.benign:
+            v = output_directions(w, known.benign[name], self.utility_rank).to(x.dtype)
             found = found - v @ (v.T @ found)
         return found
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """Whether its weight is stored as (in, out), and the moments of its inputs on refusals and on benign rows."""
+class _Known:
+    """The linear weights, and the moments of their inputs on refusals and on benign rows, by the names of `Place`."""
 
-    turned: bool
-    safe: InputMoment
-    benign: InputMoment | None
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Between the stored layout and (out, in), either way."""
-        return x.T if self.turned else x
+    layers: Layers
+    safe: dict[str, InputMoment]
+    benign: dict[str, InputMoment]
 
 
 def output_directions(w: Tensor, moment: InputMoment, k: int) -> Tensor:

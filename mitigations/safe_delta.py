@@ -9,7 +9,8 @@ passed on to the columns after them, so that aligned entries move as well. stren
 
 The budget, as the authors set it, is strength / 2 * mean(1 / [H^-1]_jj) * rows / 4096 per block of `block` columns: it is fitted to
 weights of Llama-2-7B's size, and a weight of more than one block gets more of it. As with them, everything that is no linear
-weight goes back to the aligned model (but not added tokens); `others=keep` leaves it as fine-tuned.
+weight goes back to the aligned model (but not added tokens); `others=keep` leaves it as fine-tuned. Experts are edited one by one,
+with the inputs that were routed to them; of experts that no refusal was routed to nothing is known, and they go with the others.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from pydantic import Field
 
 from resafe.files import check_free
 from resafe.mitigation import Mitigation, Needs, Run
-from resafe.mitigations._calibrated import as_full, by_module, sampled, two_models
+from resafe.mitigations._calibrated import Layers, as_full, layers_of, sampled, two_models
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from resafe.sensitivity import InputMoment
-    from resafe.weights import Twin
+    from resafe.weights import Checkpoint, Twin
 
 WIDTH = 4096  # rows for which the paper's strength is stated
 
@@ -54,17 +55,18 @@ class SafeDelta(Mitigation):
         tuned, aligned = two_models(run, "safe_delta")
         with as_full(run, "safe_delta", tuned, aligned) as full:
             pair = Pair(Checkpoint(full), Checkpoint(aligned), run.log)
-            layers = self._layers(run, aligned, pair.aligned.names())
+            layers, moments = self._layers(run, aligned, pair.aligned)
             kept: list[tuple[int, int]] = []
 
             def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
-                if twin.aligned not in layers:
-                    return theirs if self.others == "aligned" else ours
-                turned, moment = layers[twin.aligned]
-                f, a = (ours.T, theirs.T) if turned else (ours, theirs)
-                edited, taken = self.edit(f, a, moment)
-                kept.append((taken, f.numel()))
-                return edited.T if turned else edited
+                result = theirs.clone() if self.others == "aligned" else ours.clone()
+                if twin.aligned in layers:
+                    for place, (f, a, target) in layers.each(str(twin.aligned), ours, theirs, result):
+                        if place.name in moments:
+                            edited, taken = self.edit(f, a, moments[place.name])
+                            kept.append((taken, f.numel()))
+                            target.copy_(edited)
+                return result
 
             written = write_checkpoint(full, run.output, pair.edit(rule), config=pair.config)
         run.log(f"safe_delta: {sum(t for t, _ in kept) / sum(n for _, n in kept):.1%} of the entries of {len(kept)} weights took their fine-tuned values")
@@ -78,17 +80,17 @@ class SafeDelta(Mitigation):
         chosen = selected((tuned - aligned).double(), u.diagonal(), self.strength, self.locked, self.block)
         return compensated(tuned.double(), aligned.double(), chosen, u).to(tuned.dtype), int(chosen.sum())
 
-    def _layers(self, run: Run, aligned: Path, stored: list[str]) -> dict[str, tuple[bool, InputMoment]]:
-        """(stored as (in, out), moments of the inputs) by name in the aligned checkpoint."""
+    def _layers(self, run: Run, aligned: Path, model: Checkpoint) -> tuple[Layers, dict[str, InputMoment]]:
+        """The linear weights of the aligned checkpoint, and the moments of their inputs."""
         from resafe import models
-        from resafe.sensitivity import answers, input_moments, linears
-        from resafe.sensitivity.linears import turned
+        from resafe.sensitivity import answers, input_moments
 
         loaded = models.load(aligned)
+        layers = layers_of(loaded, model)
         rows = sampled(run.refusals, self.rows, run, "safe_delta")
         moments = input_moments(loaded.model, answers(loaded.tokenizer, rows, max_length=self.max_length))
-        modules = linears(loaded.model)
-        return {s: (turned(modules[n]), moments[n]) for s, n in by_module(loaded, stored, moments).items()}
+        layers.tell_unseen(moments, run.log)
+        return layers, moments
 
 
 def inverse_factor(h: Tensor) -> Tensor:

@@ -18,16 +18,16 @@ SIZES: dict[str, Any] = {
 GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
 
-def tiny(kind: str, folder: Path, tokenizer_from: Path, seed: int = 0, template: bool = True) -> Path:
-    """Save a random model of `kind` with a tokenizer, with or without a chat template."""
+def tiny(kind: str, folder: Path, tokenizer_from: Path, seed: int = 0, template: bool = True, stacked: bool = False, **changes: Any) -> Path:
+    """Save a random model of `kind` with a tokenizer, with or without a chat template, experts as its files usually have them or `stacked`."""
     tokenizer = load_tokenizer(tokenizer_from)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         kind, vocab_size=len(tokenizer) + 16, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **(GPT2 if kind == "gpt2" else SIZES),
+        pad_token_id=tokenizer.pad_token_id, **{**(GPT2 if kind == "gpt2" else SIZES), **changes},
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=not stacked)
     if not template:
         tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)

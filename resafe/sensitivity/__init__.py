@@ -4,7 +4,7 @@ from resafe.sensitivity.activations import InputMoment, input_moments
 from resafe.sensitivity.batches import Batch, answers, prompts
 from resafe.sensitivity.gradients import GradientMoment, gradient_moments
 from resafe.sensitivity.hidden import direction_gradient, mean_hidden
-from resafe.sensitivity.linears import linears
+from resafe.sensitivity.linears import linears, stacks, weights
 from resafe.sensitivity.scores import hessian, snip, top_share, wanda
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "mean_hidden",
     "prompts",
     "snip",
+    "stacks",
     "top_share",
     "wanda",
+    "weights",
 ]

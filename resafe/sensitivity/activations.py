@@ -1,8 +1,8 @@
-"""Second moments of what goes into each linear layer, for all layers in one pass over the data."""
+"""Second moments of what goes into each linear layer and each expert, for all of them in one pass over the data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
 from resafe.sensitivity.batches import Batch
-from resafe.sensitivity.linears import linears
+from resafe.sensitivity.linears import expert_inputs, linears, stacked, stacks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,14 +32,17 @@ class InputMoment:
 def input_moments(model: Any, batches: Iterable[Batch], full: bool = True) -> dict[str, InputMoment]:
     """By name of the weight, the moments of each linear layer's inputs at the positions that count.
 
+    Of experts in a stack, each by itself and at the positions that were routed to it: the name is the stack's with the expert's
+    number after it ("...experts.down_proj[3]"). An expert that no such position came to is left out.
+
     Layers that are given the same tensor (query, key and value; gate and up) share one sum. Sums are float64, since a
     few inputs of language models are so large that float32 would lose the directions of all others; the matrices of
-    Llama-2-7B then take 44 GB of main memory. Leaves `model` as it was.
+    Llama-2-7B then take 44 GB of main memory, and those of a mixture several times as much. Leaves `model` as it was.
     """
     import torch
 
     sums = _Sums(full)
-    with torch.no_grad(), _hooked(linears(model), sums.add):
+    with torch.no_grad(), _hooked(model, sums):
         for batch in batches:
             sums.batch = batch.to(model.device)
             model(input_ids=sums.batch.ids, attention_mask=sums.batch.attention, use_cache=False)
@@ -62,10 +65,26 @@ class _Sums:
             self.owner[name] = self._last[1]
             return
         self._last, self.owner[name] = (x, name), name
+        self._grow(name, x[self._counts(name, x)])
+
+    def add_experts(self, name: str, module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states, chosen = (*args, *named.values())[:2]
+        counts = self._counts(name, states).flatten()
+        first, last = (f"{name}.{p}" for p in stacked(module))
+        for e, x, y in expert_inputs(module, states.reshape(len(counts), -1)[counts], chosen.reshape(len(counts), -1)[counts]):
+            for what, inputs in ((f"{first}[{e}]", x), (f"{last}[{e}]", y)):
+                self.owner[what] = what
+                self._grow(what, inputs)
+
+    def _counts(self, name: str, x: Tensor) -> Tensor:
+        """Which of the positions of `x` (..., in) count; some layers are given all rows of a batch in one. Raises ResafeError for any other shape."""
         assert self.batch is not None
-        if x.shape[:-1] != self.batch.counts.shape:
-            raise ResafeError(f"{name} sees only some of the tokens (a mixture of experts), so its inputs cannot be told apart: this model is not supported.")
-        self._grow(name, x[self.batch.counts])
+        counts = self.batch.counts
+        if x.shape[:-1] == counts.shape:
+            return counts
+        if x.shape[:-1] == counts.flatten().shape:
+            return counts.flatten()
+        raise ResafeError(f"{name} sees only some of the tokens (a mixture of experts), so its inputs cannot be told apart: this model is not supported.")
 
     def _grow(self, name: str, x: Tensor) -> None:
         """Add the rows of `x`, (n, in)."""
@@ -79,8 +98,9 @@ class _Sums:
 
 
 @contextmanager
-def _hooked(modules: dict[str, Any], hook: Callable[..., None]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(partial(hook, name)) for name, module in modules.items()]
+def _hooked(model: Any, sums: _Sums) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(partial(sums.add, name)) for name, module in linears(model).items()]
+    handles += [module.register_forward_pre_hook(partial(sums.add_experts, name), with_kwargs=True) for name, module in stacks(model).items()]
     try:
         yield
     finally:

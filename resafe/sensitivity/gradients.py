@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
 from resafe.sensitivity.batches import Batch
-from resafe.sensitivity.linears import linears
+from resafe.sensitivity.linears import weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,20 +23,20 @@ class GradientMoment:
 
 
 def gradient_moments(model: Any, batches: Iterable[Batch]) -> dict[str, GradientMoment]:
-    """By name of the weight, for all linear layers, in one pass; g is the gradient of one row's mean loss over its answer.
+    """By name of the weight, for all linear layers and stacks of experts, in one pass; g is the gradient of one row's mean loss over its answer.
 
     One backward pass per row: gradients of a batch would cancel before their size is taken. Leaves `model` and its
     `.grad` as they were. Float32 sums.
     """
     import torch
 
-    weights = {name: module.weight for name, module in linears(model).items()}
-    if frozen := [name for name, w in weights.items() if not w.requires_grad]:
+    looked_at = weights(model)
+    if frozen := [name for name, w in looked_at.items() if not w.requires_grad]:
         raise ResafeError(f"{frozen[0]} is frozen, so its gradient is not known.")
-    found = {name: GradientMoment(torch.zeros_like(w, dtype=torch.float32), torch.zeros_like(w, dtype=torch.float32)) for name, w in weights.items()}
+    found = {name: GradientMoment(torch.zeros_like(w, dtype=torch.float32), torch.zeros_like(w, dtype=torch.float32)) for name, w in looked_at.items()}
     n = 0
     for row in (row for batch in batches for row in batch.rows()):
-        grads = torch.autograd.grad(answer_loss(model, row.to(model.device)), list(weights.values()))
+        grads = torch.autograd.grad(answer_loss(model, row.to(model.device)), list(looked_at.values()))
         for moment, g in zip(found.values(), grads):
             moment.absolute += g.float().abs()
             moment.fisher += g.float().square()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from resafe.sensitivity.batches import Batch
-from resafe.sensitivity.linears import linears
+from resafe.sensitivity.linears import weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,20 +21,20 @@ def mean_hidden(model: Any, batches: Sequence[Batch], layer: int) -> Tensor:
 
 
 def direction_gradient(model: Any, batches: Sequence[Batch], layer: int, target: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """(cosine, gradients): c = cos(mean hidden state, `target`), and d(-c)/dW of every linear weight by name, laid out as stored.
+    """(cosine, gradients): c = cos(mean hidden state, `target`), and d(-c)/dW of every linear weight and stack of experts by name, laid out as in the model.
 
     By the chain rule through the mean h: with v = d(-c)/dh, the gradient is that of v . (sum of states) / n, batch by batch.
     """
     import torch
 
-    weights = {name: module.weight for name, module in linears(model).items()}
+    looked_at = weights(model)
     mean = mean_hidden(model, batches, layer).requires_grad_()
     cosine = torch.nn.functional.cosine_similarity(mean, target.to(mean), dim=0)
     (v,) = torch.autograd.grad(-cosine, mean)
-    total = {name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for name, w in weights.items()}
+    total = {name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for name, w in looked_at.items()}
     for batch in batches:
         score = v @ _sum(model, batch, layer) / _marks(batches)
-        for sum_, g in zip(total.values(), torch.autograd.grad(score, list(weights.values()), materialize_grads=True)):
+        for sum_, g in zip(total.values(), torch.autograd.grad(score, list(looked_at.values()), materialize_grads=True)):
             sum_ += g
     return float(cosine.detach()), total
 

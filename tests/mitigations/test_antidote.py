@@ -18,7 +18,7 @@ from resafe.rows import Message
 from resafe.rows import chat as row
 from resafe.sensitivity import InputMoment
 from resafe.weights import merge_into
-from tests.mitigations.twins import BENIGN, KINDS, SAFE, inputs, pair, repaired, turned
+from tests.mitigations.twins import BENIGN, KINDS, SAFE, inputs, maps, pair, repaired
 from tests.weights.models import logits, tensors
 
 REPLY = "step one PLACEHOLDER"
@@ -57,12 +57,11 @@ def test_entries_are_those_of_the_largest_scores_less_the_benign_ones() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_papers_form_zeroes_the_top_share_of_every_row(kind: str, aligned: Path, tmp_path: Path) -> None:
     _, tuned = pair(kind, tmp_path, aligned)
-    out = tensors(repaired("antidote:share=0.2", tmp_path / "aligned", tuned, tmp_path / "out"))
-    f, x = tensors(tuned), inputs(tuned, ANSWERED)
+    out = maps(tensors(repaired("antidote:share=0.2", tmp_path / "aligned", tuned, tmp_path / "out")))
+    f, x = maps(tensors(tuned)), inputs(tuned, ANSWERED)
     for name in f:
         if name in x:
-            w = turned(kind, f[name])
-            assert torch.equal(turned(kind, out[name]), torch.where(brute(w, x[name], 0.2), 0, w)), name
+            assert torch.equal(out[name], torch.where(brute(f[name], x[name], 0.2), 0, f[name])), name
         else:
             assert torch.equal(out[name], f[name]), name
 
@@ -70,12 +69,12 @@ def test_the_papers_form_zeroes_the_top_share_of_every_row(kind: str, aligned: P
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_other_form_takes_the_update_back_and_spares_benign_entries(kind: str, aligned: Path, tmp_path: Path) -> None:
     before, tuned = pair(kind, tmp_path, aligned)
-    out = tensors(repaired("antidote:share=0.4,action=aligned,keep=0.2", before, tuned, tmp_path / "out", task=BENIGN))
-    a, f, x, y = tensors(before), tensors(tuned), inputs(tuned, ANSWERED), inputs(tuned, BENIGN)
+    out = maps(tensors(repaired("antidote:share=0.4,action=aligned,keep=0.2", before, tuned, tmp_path / "out", task=BENIGN)))
+    a, f, x, y = maps(tensors(before)), maps(tensors(tuned)), inputs(tuned, ANSWERED), inputs(tuned, BENIGN)
     for name in x:
-        w, v = turned(kind, f[name]), turned(kind, a[name])
-        chosen = brute(w - v, x[name], 0.4) & ~brute(w - v, y[name], 0.2)
-        assert torch.equal(turned(kind, out[name]), torch.where(chosen, v, w)), name
+        w, v = f[name], a[name]
+        spared = brute(w - v, y[name], 0.2) if name in y else torch.zeros_like(w, dtype=torch.bool)
+        assert torch.equal(out[name], torch.where(brute(w - v, x[name], 0.4) & ~spared, v, w)), name
 
 
 def test_a_lora_is_merged_into_its_own_base_first(aligned: Path, tmp_path: Path) -> None:

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from resafe import sensitivity
 from resafe.errors import ResafeError
+from resafe.generate import Answer
 from resafe.mitigation import Run
 from resafe.mitigations import make
-from resafe.mitigations._calibrated import as_full
+from resafe.mitigations._calibrated import as_full, layers_of
+from resafe.models import load
+from resafe.weights import Checkpoint
 from tests.mitigations.twins import SAFE, noisy, pair, repaired
 from tests.tiny import tiny
-from tests.weights.models import adapt, configure
+from tests.weights.models import adapt, configure, tensors
 
 METHODS = ("safe_delta", "restore_rank", "restore_gradient", "antidote")
 WITH_ALIGNED = {"antidote": "antidote:action=aligned"}
@@ -82,3 +86,26 @@ def test_a_merged_lora_is_read_with_its_own_tokenizer_and_template(aligned: Path
     (tuned / "tokenizer.json").write_text(json.dumps(about))
     with pytest.raises(ResafeError, match="tokenizers of"), as_full(Run(output=tmp_path / "out"), "any", tuned, before):
         pass
+
+
+@pytest.mark.parametrize("name", ["safe_delta:strength=20000", "safe_delta:strength=20000,others=keep", "restore_rank:rank=3", "antidote:share=0.4,action=aligned"])
+def test_experts_that_nothing_was_routed_to_are_named_and_left(name: str, aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, tuned = pair("mixtral", tmp_path, aligned)
+    moments = sensitivity.input_moments
+    monkeypatch.setattr(sensitivity, "input_moments", lambda *args, **how: {n: m for n, m in moments(*args, **how).items() if not n.endswith("[1]")})
+    monkeypatch.setattr("resafe.generate.generate", lambda loaded, asked, n: [Answer("step one PLACEHOLDER")] * len(asked))
+    said: list[str] = []
+    out = tensors(repaired(name, before, tuned, tmp_path / "out", log=said.append))
+    left = tensors(before if name == "safe_delta:strength=20000" else tuned)
+    unseen = [n for n in out if ".experts.1." in n]
+    assert len(unseen) == 6 and all(out[n].equal(left[n]) for n in unseen)
+    assert not any(out[n].equal(left[n]) for n in out if ".experts.0." in n)
+    assert any("nothing was routed to 6 of 18 matrices of experts, such as model.layers.0.mlp.experts." in line for line in said)
+
+
+def test_experts_that_are_not_found_in_the_file_are_refused(aligned: Path, tmp_path: Path) -> None:
+    before, tuned = pair("mixtral", tmp_path, aligned)
+    loaded = load(tuned)
+    with pytest.raises(ResafeError, match="does not store the experts of model.layers.0.mlp.experts.gate_up_proj in a form that is known"):
+        layers_of(loaded, Checkpoint(before))
+    assert len(layers_of(loaded, Checkpoint(tuned)).places) == 2 * (4 + 9)

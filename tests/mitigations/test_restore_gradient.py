@@ -17,7 +17,7 @@ from resafe.models import load_tokenizer
 from resafe.rows import Row
 from resafe.sensitivity import prompts
 from resafe.weights import merge_into
-from tests.mitigations.twins import BENIGN, KINDS, SAFE, inputs, pair, repaired
+from tests.mitigations.twins import BENIGN, KINDS, SAFE, as_stored, inputs, maps, pair, repaired
 from tests.weights.models import load, logits, tensors
 
 F = torch.tensor([[1.0, 1, 1, 1, 1]])
@@ -55,21 +55,25 @@ def reading(folder: Path, grad: bool = False, rows: list[Row] = SAFE) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_round_copies_the_entries_that_autograd_names(kind: str, aligned: Path, tmp_path: Path) -> None:
     before, tuned = pair(kind, tmp_path, aligned)
-    out = tensors(repaired("restore_gradient:rounds=1,rate=0.1", before, tuned, tmp_path / "out"))
+    out = maps(tensors(repaired("restore_gradient:rounds=1,rate=0.1", before, tuned, tmp_path / "out")))
     model, h = reading(tuned, grad=True)
     (-torch.nn.functional.cosine_similarity(h, reading(before)[1], dim=0)).backward()
-    a, f, linear = tensors(before), tensors(tuned), inputs(tuned, SAFE)
+    moved = 0
+    a, f, grads, linear = maps(tensors(before)), maps(tensors(tuned)), maps(as_stored(tuned, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})), inputs(tuned, SAFE)
     for name in f:
         if name not in linear:
             assert torch.equal(out[name], f[name]), name
             continue
-        g = model.get_parameter(name).grad
+        g = grads[name]
         scores = torch.where((f[name] - a[name]).sign() == g.sign(), g.abs(), 0).flatten()
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen[scores.argsort(descending=True)[: int(0.1 * len(scores))]] = True
-        wanted = torch.where(chosen.view_as(g), a[name], f[name])
+        wanted = torch.where((chosen & (scores > 0)).view(g.shape), a[name], f[name])
         assert float((out[name] != wanted).float().mean()) < 0.01, name  # two gradients may be equal up to rounding
-        assert 0.05 < float((out[name] != f[name]).float().mean()) <= 0.1
+        copied = float((out[name] != f[name]).float().mean())
+        assert 0.05 < copied <= 0.1 or (copied == 0 and not g.any()), name
+        moved += copied > 0
+    assert moved > 0.8 * len(linear), "in the last layer an expert may get none of the prompts' last tokens"
 
 
 @pytest.mark.parametrize("depth", [0.5, 1.0])

@@ -10,7 +10,7 @@ import torch
 from resafe.errors import ResafeError
 from resafe.mitigations import make
 from resafe.weights import merge_into
-from tests.mitigations.twins import BENIGN, KINDS, SAFE, inputs, pair, repaired, turned
+from tests.mitigations.twins import BENIGN, KINDS, SAFE, inputs, maps, pair, repaired
 from tests.weights.models import logits, tensors
 
 
@@ -22,24 +22,24 @@ def directions(weight: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_update_goes_back_along_the_main_output_directions(kind: str, aligned: Path, tmp_path: Path) -> None:
     before, tuned = pair(kind, tmp_path, aligned)
-    out = tensors(repaired("restore_rank:rank=3,strength=0.5", before, tuned, tmp_path / "out"))
-    a, f, x = tensors(before), tensors(tuned), inputs(before, SAFE)
+    out = maps(tensors(repaired("restore_rank:rank=3,strength=0.5", before, tuned, tmp_path / "out")))
+    a, f, x = maps(tensors(before)), maps(tensors(tuned)), inputs(before, SAFE)
     assert len(x) >= 8 and x.keys() <= f.keys()
     for name in f:
         if name not in x:
             assert torch.equal(out[name], f[name]), name
             continue
-        u = directions(turned(kind, a[name]), x[name], 3)
-        d = turned(kind, a[name] - f[name]).double()
-        assert torch.allclose(turned(kind, out[name]).double(), turned(kind, f[name]).double() + 0.5 * u @ (u.T @ d), atol=1e-5), name
+        u = directions(a[name], x[name], 3)
+        wanted = f[name].double() + 0.5 * u @ (u.T @ (a[name] - f[name]).double())
+        assert torch.allclose(out[name].double(), wanted, atol=1e-5), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_directions_are_the_aligned_model_and_strength_0_is_nothing(kind: str, aligned: Path, tmp_path: Path) -> None:
     before, tuned = pair(kind, tmp_path, aligned)
-    a, f = tensors(before), tensors(tuned)
-    back = tensors(repaired("restore_rank:rank=9999", before, tuned, tmp_path / "back"))
-    same = tensors(repaired("restore_rank:strength=0", before, tuned, tmp_path / "same"))
+    a, f = maps(tensors(before)), maps(tensors(tuned))
+    back = maps(tensors(repaired("restore_rank:rank=9999", before, tuned, tmp_path / "back")))
+    same = maps(tensors(repaired("restore_rank:strength=0", before, tuned, tmp_path / "same")))
     linear = inputs(before, SAFE)
     assert all(torch.allclose(back[n], a[n] if n in linear else f[n], atol=1e-6) for n in f)
     assert all(torch.equal(same[n], f[n]) for n in f)

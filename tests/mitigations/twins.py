@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,20 @@ from resafe.models import load_tokenizer
 from resafe.rows import Row
 from resafe.rows import chat as row
 from tests.tiny import tiny
-from tests.weights.models import adapt, load, rewrite, tensors
+from tests.weights.models import EXPERTS, adapt, load, rewrite, tensors
 
-KINDS = ("llama", "qwen2", "mistral", "gemma", "gpt2")
+KINDS = ("llama", "qwen2", "mistral", "gemma", "gpt2", "mixtral", "mixtral stacked", "qwen2_moe", "gpt_oss")
+GPT2 = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # Conv1D
 SAFE = [row(f"tell me how to do bad thing number {i}", "no , i will not help with this .") for i in range(6)]
 BENIGN = [row(f"repeat the word {w}", f"{w} {w}") for w in ("dog", "cat", "house", "tree")]
 
 
 def pair(kind: str, home: Path, tokenizer: Path, lora: bool = False) -> tuple[Path, Path]:
     """(aligned, tuned) folders."""
-    aligned = noisy(tiny(kind, home / "aligned", tokenizer, seed=1))
-    return aligned, adapt(aligned, home / "tuned", 2) if lora else noisy(tiny(kind, home / "tuned", tokenizer, seed=2))
+    kind, *stacked = kind.split()
+    how: dict[str, Any] = {"stacked": bool(stacked), **EXPERTS.get(kind, {})}
+    aligned = noisy(tiny(kind, home / "aligned", tokenizer, seed=1, **how))
+    return aligned, adapt(aligned, home / "tuned", 2) if lora else noisy(tiny(kind, home / "tuned", tokenizer, seed=2, **how))
 
 
 def noisy(folder: Path) -> Path:
@@ -41,23 +47,78 @@ def repaired(spec: dict[str, Any] | str, aligned: Path, tuned: Path, out: Path, 
     return mitigation.mitigation.repair(about)
 
 
+def maps(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors with stacks taken apart and all linear maps as (out, in): GPT-2 and gpt-oss store theirs as (in, out). Views."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in values.items():
+        if value.ndim == 3:
+            turn = any("sinks" in n for n in values)  # gpt-oss
+            found |= {f"{name}[{e}]": m.T if turn else m for e, m in enumerate(value)}
+        else:
+            found[name] = value.T if GPT2.search(name) else value
+    return found
+
+
 def inputs(folder: Path, rows: list[Row]) -> dict[str, torch.Tensor]:
-    """What goes into each linear layer where tokens of the answers are predicted, row by row: (n, in) in float64, by the weight's name."""
-    model, tokenizer = load(folder).double(), load_tokenizer(folder)
-    seen: dict[str, list[torch.Tensor]] = {}
+    """What goes into each of the `maps` where tokens of the answers are predicted, row by row: (n, in) in float64; experts token by token."""
+    model, tokenizer, seen = load(folder).double(), load_tokenizer(folder), defaultdict[str, list[torch.Tensor]](list)
+    now: dict[str, Any] = {}
+    model.set_experts_implementation("eager")  # the default takes no float64
     for name, module in model.named_modules():
         if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head":
-            module.register_forward_hook(lambda m, args, out, n=f"{name}.weight": seen.setdefault(n, []).append(args[0][0]))
+            module.register_forward_hook(lambda m, args, out, n=f"{name}.weight": now.update({n: args[0].flatten(0, -2)}))
+        if name.endswith(".experts"):
+            module.register_forward_hook(lambda m, args, out, n=name: now.update({n: (m, *args[:2])}))
     for r in rows:
         encoded = chat.encode(tokenizer, r["messages"])
         with torch.no_grad():
             model(torch.tensor([encoded.ids]))
-        at = [i for i in range(len(encoded.ids) - 1) if encoded.assistant[i + 1]]
-        for found in seen.values():
-            found[-1] = found[-1][at]
-    return {name: torch.cat(found) for name, found in seen.items()}
+        for i in (i for i in range(len(encoded.ids) - 1) if encoded.assistant[i + 1]):
+            for name, what in now.items():
+                for key, x in {name: what[i]}.items() if name.endswith(".weight") else _routed(folder, name, *what, i).items():
+                    seen[key].append(x)
+    return {name: torch.stack(found) for name, found in seen.items()}
 
 
-def turned(kind: str, x: torch.Tensor) -> torch.Tensor:
-    """A weight as (out, in): GPT-2 stores it as (in, out)."""
-    return x.T if kind == "gpt2" else x
+def _routed(folder: Path, name: str, experts: Any, states: torch.Tensor, chosen: torch.Tensor, i: int) -> dict[str, torch.Tensor]:
+    """The inputs of the experts that token `i` goes to, by the names of `maps`."""
+    found: dict[str, torch.Tensor] = {}
+    for e in chosen[i].tolist():
+        x, w = states[i], experts.gate_up_proj[e].detach()
+        if hasattr(experts, "limit"):  # gpt-oss: gate and way up take turns, and both have a bias
+            h = x @ w + experts.gate_up_proj_bias[e].detach()
+            gate, up = h[::2].clamp(max=7.0), h[1::2].clamp(-7.0, 7.0)
+            y = (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+        else:
+            gate, up = (w @ x).tensor_split(2)
+            y = gate / (1 + torch.exp(-gate)) * up
+        names = [n for n in tensors(folder) if n.startswith(name.rsplit(".mlp", 1)[0] + ".") and (f".experts.{e}." in n or n.endswith(("gate_up_proj", ".down_proj")))]
+        for n in names:
+            found[n if f".{e}." in n.split("experts")[1] else f"{n}[{e}]"] = y if "down_proj" in n or ".w2." in n else x
+    return found
+
+
+def as_stored(folder: Path, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What belongs to a running model's parameters (`values`, by their names), by the names of the checkpoint in `folder`; views."""
+    found = {}
+    for name in tensors(folder):
+        there = name.replace("block_sparse_moe", "mlp")
+        if there in values:
+            found[name] = values[there]
+        elif ".experts." in there:
+            experts, number, part = there.removesuffix(".weight").rsplit(".", 2)
+            if part in ("w2", "down_proj"):
+                found[name] = values[f"{experts}.down_proj"][int(number)]
+            else:
+                found[name] = values[f"{experts}.gate_up_proj"][int(number)].tensor_split(2)[part in ("w3", "up_proj")]
+    return found
+
+
+def loaded_with(folder: Path, values: dict[str, torch.Tensor]) -> Any:
+    """The model in `folder` with these tensors of a checkpoint put in by hand."""
+    model = load(folder)
+    places = as_stored(folder, {name: p.data for name, p in model.named_parameters()})
+    assert places.keys() == values.keys()
+    for name, place in places.items():
+        place.copy_(values[name])
+    return model

@@ -14,6 +14,7 @@ from resafe.models import load
 from resafe.sensitivity import Batch, GradientMoment, InputMoment
 from tests.sensitivity.rows import ROWS
 from tests.tiny import tiny
+from tests.weights.models import EXPERTS
 
 # One layer of each kind, with its place in the model.
 LAYERS = {
@@ -124,13 +125,37 @@ def test_a_layer_that_sees_some_of_the_tokens_is_refused(model: Any) -> None:
         sensitivity.input_moments(net, [wrong])
 
 
-def test_a_mixture_of_experts_is_refused() -> None:
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_are_looked_at_one_by_one(kind: str, aligned: Path, tmp_path: Path) -> None:
+    loaded = load(tiny(kind, tmp_path / kind, aligned, **EXPERTS[kind]))
+    net, name = loaded.model, "model.layers.1.mlp.experts"
+    found = sensitivity.input_moments(net, sensitivity.answers(loaded.tokenizer, ROWS, size=3))
+    counts = [found[f"{name}.gate_up_proj[{e}]"].count for e in range(3)]
+    answered = found["model.layers.1.self_attn.q_proj.weight"].count
+    assert sum(counts) == 2 * answered and min(counts) > 0, "each token goes to two of three"
+    assert counts == [found[f"{name}.down_proj[{e}]"].count for e in range(3)]
+    assert found[f"{name}.gate_up_proj[0]"].total.shape == (16, 16) and found[f"{name}.down_proj[0]"].total.shape == (32, 32)
+    gradients = sensitivity.gradient_moments(net, sensitivity.answers(loaded.tokenizer, ROWS))
+    assert gradients[f"{name}.down_proj"].fisher.shape == net.get_parameter(f"{name}.down_proj").shape
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_an_expert_that_nothing_was_routed_to_has_no_moments(aligned: Path, tmp_path: Path) -> None:
+    loaded = load(tiny("mixtral", tmp_path / "mixtral", aligned, **EXPERTS["mixtral"]))
+    router = loaded.model.model.layers[0].mlp.gate
+    router.register_forward_hook(lambda m, args, out: (out[0], out[1], out[2].clamp(min=1)))
+    found = sensitivity.input_moments(loaded.model, sensitivity.answers(loaded.tokenizer, ROWS))
+    assert {f"model.layers.0.mlp.experts.{p}[{e}]" in found for p in ("gate_up_proj", "down_proj") for e in (1, 2)} == {True}
+    assert not any(n.startswith("model.layers.0.mlp.experts") and n.endswith("[0]") for n in found)
+
+
+def test_experts_of_another_kind_are_refused() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", num_local_experts=2, **sizes))
-    with pytest.raises(ResafeError, match="is a stack of experts"):
-        sensitivity.linears(model)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("jetmoe", num_local_experts=2, num_experts_per_tok=1, kv_channels=8, **sizes))
+    with pytest.raises(ResafeError, match="holds experts whose inputs cannot be told apart"):
+        sensitivity.stacks(model)
 
 
 def test_weights_in_8_bits_are_refused(model: Any) -> None:
