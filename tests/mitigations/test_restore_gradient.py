@@ -17,8 +17,8 @@ from resafe.models import load_tokenizer
 from resafe.rows import Row
 from resafe.sensitivity import prompts
 from resafe.weights import merge_into
-from tests.mitigations.twins import BENIGN, KINDS, SAFE, as_stored, inputs, maps, pair, repaired
-from tests.weights.models import load, logits, tensors
+from tests.mitigations.twins import BENIGN, KINDS, SAFE, inputs, maps, pair, repaired
+from tests.weights.models import as_stored, load, logits, tensors
 
 F = torch.tensor([[1.0, 1, 1, 1, 1]])
 A = torch.tensor([[0.0, 0, 2, 2, 1]])  # restoring lowers the first two, raises the next two, and does nothing to the last

@@ -10,8 +10,8 @@ import torch
 from resafe.mitigations.safe_delta import SafeDelta, compensated, inverse_factor, selected
 from resafe.sensitivity import InputMoment
 from resafe.weights import merge_into
-from tests.mitigations.twins import KINDS, SAFE, inputs, loaded_with, maps, pair, repaired
-from tests.weights.models import IDS, logits, tensors
+from tests.mitigations.twins import KINDS, SAFE, inputs, maps, pair, repaired
+from tests.weights.models import IDS, loaded_with, logits, tensors
 
 torch.manual_seed(0)
 ROWS, COLUMNS = 6, 9

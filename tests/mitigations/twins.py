@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,29 +95,3 @@ def _routed(folder: Path, name: str, experts: Any, states: torch.Tensor, chosen:
         for n in names:
             found[n if f".{e}." in n.split("experts")[1] else f"{n}[{e}]"] = y if "down_proj" in n or ".w2." in n else x
     return found
-
-
-def as_stored(folder: Path, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What belongs to a running model's parameters (`values`, by their names), by the names of the checkpoint in `folder`; views."""
-    found = {}
-    for name in tensors(folder):
-        there = name.replace("block_sparse_moe", "mlp")
-        if there in values:
-            found[name] = values[there]
-        elif ".experts." in there:
-            experts, number, part = there.removesuffix(".weight").rsplit(".", 2)
-            if part in ("w2", "down_proj"):
-                found[name] = values[f"{experts}.down_proj"][int(number)]
-            else:
-                found[name] = values[f"{experts}.gate_up_proj"][int(number)].tensor_split(2)[part in ("w3", "up_proj")]
-    return found
-
-
-def loaded_with(folder: Path, values: dict[str, torch.Tensor]) -> Any:
-    """The model in `folder` with these tensors of a checkpoint put in by hand."""
-    model = load(folder)
-    places = as_stored(folder, {name: p.data for name, p in model.named_parameters()})
-    assert places.keys() == values.keys()
-    for name, place in places.items():
-        place.copy_(values[name])
-    return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8},
 }
+# What files call parts of names, and what running models do: Granite's experts and router, and Mixtral's mixtures
+SPELLED = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj", "router.layer": "router", "block_sparse_moe": "mlp"}
 TARGETS = {"gpt2": ["c_attn", "attn.c_proj"]}
 IDS = torch.tensor([[1, 5, 9, 30, 2, 7]])
 
@@ -121,3 +123,31 @@ def logits_with(folder: Path, values: dict[str, torch.Tensor]) -> torch.Tensor:
     model.tie_weights()
     with torch.no_grad():
         return model.float()(IDS).logits
+
+
+def as_stored(folder: Path, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What belongs to a running model's parameters (`values`, by their names), by the names of the checkpoint in `folder`; views."""
+    found = {}
+    for name in tensors(folder):
+        there = name
+        for part, spelled in SPELLED.items():
+            there = there if there in values else there.replace(part, spelled)
+        if there in values:
+            found[name] = values[there]
+        elif ".experts." in there:
+            experts, number, part = there.removesuffix(".weight").rsplit(".", 2)
+            if part in ("w2", "down_proj"):
+                found[name] = values[f"{experts}.down_proj"][int(number)]
+            else:
+                found[name] = values[f"{experts}.gate_up_proj"][int(number)].tensor_split(2)[part in ("w3", "up_proj")]
+    return found
+
+
+def loaded_with(folder: Path, values: dict[str, torch.Tensor]) -> Any:
+    """The model in `folder` with these tensors of a checkpoint put in by hand."""
+    model = load(folder)
+    places = as_stored(folder, {name: p.data for name, p in model.named_parameters()})
+    assert places.keys() == values.keys()
+    for name, place in places.items():
+        place.copy_(values[name])
+    return model

@@ -14,7 +14,7 @@ from resafe.errors import ResafeError
 from resafe.mitigation import Run
 from resafe.mitigations import make
 from resafe.weights import merge_into
-from tests.weights.models import EXPERTS, adapt, build, load, logits, rewrite, tensors
+from tests.weights.models import EXPERTS, IDS, adapt, build, load, loaded_with, logits, rewrite, tensors
 
 LAYOUTS = [(kind, stacked) for kind in EXPERTS for stacked in (False, True)]
 IN_OUT = ("gpt_oss",)  # whose stacked experts are (expert, in, out)
@@ -34,7 +34,8 @@ def run(spec: dict[str, Any], trio: tuple[str, Path, Path, Path], out: Path) -> 
     mitigation, where = make(spec).mitigation, Run(output=out, tuned=tuned, aligned=aligned, base=base)
     mitigation.check(next(iter(spec)), where)
     assert mitigation.repair(where) == out
-    assert bool(logits(out).isfinite().all())
+    found = logits(out)
+    assert bool(found.isfinite().all()) and loaded_with(tuned, tensors(out))(IDS).logits.equal(found), "saved and loaded again"
     return tensors(out)
 
 
