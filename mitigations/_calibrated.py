@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from resafe.sensitivity import InputMoment
     from resafe.weights import Checkpoint
 
+ROUTER = re.compile(r"\.(router|gate)\.")  # some are modules like any other layer
 SINGLE = re.compile(r"\.experts\.\d+\.")
 
 
@@ -96,9 +96,9 @@ class Layers:
 
     def tell_unseen(self, moments: Mapping[str, InputMoment], log: Callable[[str], None]) -> None:
         """Say how many experts no position that counts was routed to, if any."""
-        places = [p for found in self.places.values() for p in found]
-        if unseen := [p.name for p in places if p.name not in moments]:
-            log(f"nothing was routed to {len(unseen)} of {sum(p.expert is not None for p in places)} matrices of experts, such as {unseen[0]}: use more rows to judge them")
+        experts = [p.name for found in self.places.values() for p in found if p.expert is not None]
+        if unseen := [name for name in experts if name not in moments]:
+            log(f"nothing was routed to {len(unseen)} of {len(experts)} matrices of experts, such as {unseen[0]}: use more rows to judge them")
 
 
 def layers_of(loaded: Loaded, model: Checkpoint) -> Layers:
@@ -107,12 +107,13 @@ def layers_of(loaded: Loaded, model: Checkpoint) -> Layers:
     from resafe.sensitivity.linears import turned
     from resafe.weights import translate
 
-    modules = linears(loaded.model)
+    experts = stacks(loaded.model)
+    modules = {name: m for name, m in linears(loaded.model).items() if not (experts and ROUTER.search(name))}
     there = translate(modules, model.names())
     if lost := [n for n in modules if n not in there]:
         raise ResafeError(f"{loaded.folder} stores no tensor for {lost[0]}: this architecture is not supported.")
     places = {there[n]: [Place(n, turned(m))] for n, m in modules.items()}
-    for name, module in stacks(loaded.model).items():
+    for name, module in experts.items():
         places |= _experts(name, module, model)
     return Layers(places)
 
@@ -130,20 +131,17 @@ def _experts(name: str, module: Any, model: Checkpoint) -> dict[str, list[Place]
     found: dict[str, list[Place]] = {}
     for part in stacked(module):
         parameter, stack = f"{name}.{part}", getattr(module, part).detach()
-        covered = 0
+        whole = [Place(parameter, module.is_transposed, e) for e in range(len(stack))]
+        left = [Place(parameter, False, e, rows) for e in range(len(stack)) for rows in _halves(part, stack)]  # in the files' order, gates first
         for stored in candidates:
-            if len(model.shape(stored)) == 3:
-                places = [Place(parameter, module.is_transposed, e) for e in range(len(stack))]
-                same = _starts(model, stored, stack)
-            else:
+            if _holds(model, stored, stack):
+                found[stored], left = whole, []
+            elif SINGLE.search(stored):
                 expert = _numbers(stored)[len(layer) :]
-                places = [Place(parameter, False, expert[0], rows) for rows in _halves(part, stack)] if SINGLE.search(stored) and len(expert) == 1 else []
-                places = [p for p in places if _starts(model, stored, p.live(stack))][:1]
-                same = len(places) == 1
-            if same:
-                found[stored] = places
-                covered += prod(model.shape(stored))
-        if covered != stack.numel():
+                if place := next((p for p in left if expert == (p.expert,) and _holds(model, stored, p.live(stack))), None):
+                    found[stored] = [place]
+                    left.remove(place)
+        if left:
             raise ResafeError(f"{model.folder} does not store the experts of {parameter} in a form that is known: this architecture is not supported.")
     return found
 
@@ -154,9 +152,9 @@ def _halves(part: str, stack: Tensor) -> list[tuple[int, int] | None]:
     return [(0, half), (half, 2 * half)] if part == "gate_up_proj" else [None]
 
 
-def _starts(model: Checkpoint, stored: str, value: Tensor) -> bool:
-    """Whether the stored tensor has the shape of `value` and its first row, or matrix."""
-    return model.shape(stored) == tuple(value.shape) and model.tensor(stored, 0, 1).to(value.dtype).equal(value[:1].cpu())
+def _holds(model: Checkpoint, stored: str, value: Tensor) -> bool:
+    """Whether the stored tensor is `value`, in another dtype or the same."""
+    return model.shape(stored) == tuple(value.shape) and model.finite(stored).to(value.dtype).equal(value.cpu())
 
 
 def _numbers(name: str) -> tuple[int, ...]:

@@ -128,12 +128,13 @@ class _Known:
 
     def undo(self, stored: str, w: Tensor, back: Tensor, share: float, keep: float) -> Tensor:
         """`w` with the entries of `back` where the change between them matters most to harmful answers; layout as stored."""
+        if stored not in self.layers:
+            return w
         result = w.clone()
-        if stored in self.layers:
-            for place, (ours, theirs, target) in self.layers.each(stored, w, back, result):
-                if place.name in self.harmful:
-                    chosen = harmful_entries(ours - theirs, self.harmful[place.name], self.benign.get(place.name), share, keep)
-                    target.copy_(theirs.where(chosen, ours))
+        for place, (ours, theirs, target) in self.layers.each(stored, w, back, result):
+            if place.name in self.harmful:
+                chosen = harmful_entries(ours - theirs, self.harmful[place.name], self.benign.get(place.name), share, keep)
+                target.copy_(theirs.where(chosen, ours))
         return result
 
 

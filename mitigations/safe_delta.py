@@ -59,13 +59,15 @@ class SafeDelta(Mitigation):
             kept: list[tuple[int, int]] = []
 
             def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
-                result = theirs.clone() if self.others == "aligned" else ours.clone()
-                if twin.aligned in layers:
-                    for place, (f, a, target) in layers.each(str(twin.aligned), ours, theirs, result):
-                        if place.name in moments:
-                            edited, taken = self.edit(f, a, moments[place.name])
-                            kept.append((taken, f.numel()))
-                            target.copy_(edited)
+                other = theirs if self.others == "aligned" else ours
+                if twin.aligned not in layers:
+                    return other
+                result = other.clone()
+                for place, (f, a, target) in layers.each(str(twin.aligned), ours, theirs, result):
+                    if place.name in moments:
+                        edited, taken = self.edit(f, a, moments[place.name])
+                        kept.append((taken, f.numel()))
+                        target.copy_(edited)
                 return result
 
             written = write_checkpoint(full, run.output, pair.edit(rule), config=pair.config)

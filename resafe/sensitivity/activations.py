@@ -65,25 +65,23 @@ class _Sums:
             self.owner[name] = self._last[1]
             return
         self._last, self.owner[name] = (x, name), name
-        self._grow(name, x[self._counts(name, x)])
+        self._grow(name, self._counted(name, x))
 
     def add_experts(self, name: str, module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        states, chosen = (*args, *named.values())[:2]
-        counts = self._counts(name, states).flatten()
+        states, chosen = (self._counted(name, x) for x in (*args, *named.values())[:2])
         first, last = (f"{name}.{p}" for p in stacked(module))
-        for e, x, y in expert_inputs(module, states.reshape(len(counts), -1)[counts], chosen.reshape(len(counts), -1)[counts]):
+        for e, x, y in expert_inputs(module, states, chosen):
             for what, inputs in ((f"{first}[{e}]", x), (f"{last}[{e}]", y)):
                 self.owner[what] = what
                 self._grow(what, inputs)
 
-    def _counts(self, name: str, x: Tensor) -> Tensor:
-        """Which of the positions of `x` (..., in) count; some layers are given all rows of a batch in one. Raises ResafeError for any other shape."""
+    def _counted(self, name: str, x: Tensor) -> Tensor:
+        """The positions of `x` (rows, length, .) that count, (n, .); rows may be joined, and other sides of size 1 between."""
         assert self.batch is not None
         counts = self.batch.counts
-        if x.shape[:-1] == counts.shape:
-            return counts
-        if x.shape[:-1] == counts.flatten().shape:
-            return counts.flatten()
+        sides = [n for n in x.shape[:-1] if n > 1]
+        if sides in ([n for n in counts.shape if n > 1], [n for n in (counts.numel(),) if n > 1]):
+            return x.reshape(counts.numel(), -1)[counts.flatten()]
         raise ResafeError(f"{name} sees only some of the tokens (a mixture of experts), so its inputs cannot be told apart: this model is not supported.")
 
     def _grow(self, name: str, x: Tensor) -> None:

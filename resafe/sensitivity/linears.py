@@ -14,7 +14,7 @@ from resafe.errors import ResafeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-OF_EXPERTS = re.compile(r"\.experts\.|\.(in|out)put_linear\.weight$")
+OF_EXPERTS = re.compile(r"\.(shared_)?experts\.|\.(in|out)put_linear\.weight$")
 
 
 def linears(model: Any) -> dict[str, Any]:

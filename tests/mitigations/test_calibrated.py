@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from resafe import sensitivity
 from resafe.errors import ResafeError
@@ -17,7 +19,7 @@ from resafe.models import load
 from resafe.weights import Checkpoint
 from tests.mitigations.twins import SAFE, noisy, pair, repaired
 from tests.tiny import tiny
-from tests.weights.models import adapt, configure, tensors
+from tests.weights.models import EXPERTS, adapt, configure, rewrite, tensors
 
 METHODS = ("safe_delta", "restore_rank", "restore_gradient", "antidote")
 WITH_ALIGNED = {"antidote": "antidote:action=aligned"}
@@ -109,3 +111,39 @@ def test_experts_that_are_not_found_in_the_file_are_refused(aligned: Path, tmp_p
     with pytest.raises(ResafeError, match="does not store the experts of model.layers.0.mlp.experts.gate_up_proj in a form that is known"):
         layers_of(loaded, Checkpoint(before))
     assert len(layers_of(loaded, Checkpoint(tuned)).places) == 2 * (4 + 9)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "phimoe": EXPERTS["mixtral"],  # its router is a linear layer like others
+    "deepseek_v3": {"n_routed_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+                    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("kind", [*EXPERTS, *OTHERS])
+def test_every_matrix_is_found_where_the_running_model_has_it(kind: str, stacked: bool, aligned: Path, tmp_path: Path) -> None:
+    folder = noisy(tiny(kind, tmp_path / "model", aligned, stacked=stacked, **{**EXPERTS, **OTHERS}[kind]))
+    values, loaded = tensors(folder), load(folder)
+    if not stacked and kind != "gpt_oss":  # a pruned neuron, whose gate and way up are alike
+        for part in ("w1", "w3", "gate_proj", "up_proj"):
+            for name in (n for n in values if f".experts.1.{part}." in n):
+                values[name][0] = 0
+        loaded = load(rewrite(folder, values))
+    layers, live = layers_of(loaded, Checkpoint(folder)), dict(loaded.model.named_parameters())
+    seen = {n: torch.zeros_like(p) for n, p in live.items()}
+    for stored in layers.places:
+        for place, (value,) in layers.each(stored, values[stored]):
+            assert torch.equal(place.live(live[place.parameter]), value), stored
+            place.live(seen[place.parameter]).add_(1)
+    assert all(bool((seen[n] == 1).all()) for n in seen if ".experts." in n and not n.endswith("bias"))
+    assert not any(seen[n].any() for n in seen if ".router." in n or ".gate." in n or "norm" in n or "embed" in n)
+    moments = sensitivity.input_moments(loaded.model, sensitivity.answers(loaded.tokenizer, SAFE), full=False)
+    assert {p.name for places in layers.places.values() for p in places} <= moments.keys()
+
+
+def test_experts_that_all_rows_share_in_a_stack_are_refused(aligned: Path, tmp_path: Path) -> None:
+    loaded = load(tiny("mixtral", tmp_path / "model", aligned, **EXPERTS["mixtral"]))
+    loaded.model.model.layers[0].mlp.shared_experts = torch.nn.ParameterDict({"gate_proj": torch.nn.Parameter(torch.zeros(2, 3, 3))})
+    with pytest.raises(ResafeError, match="shared_experts.gate_proj holds experts whose inputs cannot be told apart"):
+        layers_of(loaded, Checkpoint(tmp_path / "model"))
