@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,21 @@ def simulated_mean(trials: int, sizes: Iterable[int] = SIZES, method: str = "sco
             yield {**point, **_covered(float(values @ chances), draw, trials)}
 
 
+def drawn_means(trials: int, count: int = 48, seed: int = 20261128) -> Iterator[Point]:
+    """`mean_interval` at points drawn at random: 50 to 520 values, 3 to 97 % of them at the lowest."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        values, n = (RATINGS, EIGHTHS, FIFTHS)[i % 3], int(rng.integers(50, 521))
+        lowest = rng.uniform(0.03, 0.97)
+        chances = lowest * np.eye(len(values))[0] + (1 - lowest) * rng.dirichlet(np.ones(len(values)))
+
+        def draw(n: int = n, values: Any = values, chances: Any = chances) -> Limits:
+            return mean_interval(rng.choice(values, size=n, p=chances).tolist(), 0, 1)
+
+        point = {"n": n, "column": f"drawn {i}", "expected": n * float(1 - chances.max())}
+        yield {**point, **_covered(float(values @ chances), draw, trials)}
+
+
 def exact_two_values(trials: int = 0, sizes: Iterable[int] = (50, 100, 330)) -> Iterator[Point]:
     """`mean_interval` at its hardest: all values alike but for a rare other one. Summed over the binomial."""
     for n in sizes:
@@ -190,7 +205,7 @@ def moved_columns(sizes: Iterable[int] = SIZES) -> Iterator[Moved]:
 
 
 def drawn_columns(count: int = 48, seed: int = 20261126) -> Iterator[Moved]:
-    """Points that had no part in choosing the rule: 50 to 520 prompts, 3 to 100 % of them drawn again."""
+    """Points drawn at random: 50 to 520 prompts, 3 to 100 % of them drawn again."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         values = (RATINGS, EIGHTHS, FIFTHS)[i % 3]
@@ -287,43 +302,59 @@ def _mean_rate(middle: float, spread: float) -> float:
 SEEDS = [(middle, spread, count) for middle in (-4.0, -2.0, 0.0) for spread in (0.0, 0.3, 1.0) for count in (2, 3, 5)]
 
 
+Seeded = tuple[int, float, float, int, float]  # prompts, log-odds, their spread over seeds, seeds, shift after
+
+
+def seeded(sizes: Iterable[int] = (50, 100, 330)) -> list[Seeded]:
+    """SEEDS at every size."""
+    return [(n, *point, shift) for n in sizes for point, shift in zip(SEEDS, [0.0, 1.0, -1.0] * 9)]
+
+
+def drawn_seeds(count: int = 48, seed: int = 20261128) -> list[Seeded]:
+    """Points drawn at random: 50 to 520 prompts, 2 to 6 seeds, a quarter of them alike."""
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(count):
+        n, middle, seeds = int(rng.integers(50, 521)), float(rng.uniform(-4, 1)), int(rng.integers(2, 7))
+        spread = 0.0 if rng.random() < 0.25 else float(rng.uniform(0, 1))
+        found.append((n, middle, spread, seeds, float(rng.uniform(-1, 1))))
+    return found
+
+
 def simulated_seeds(
-    interval: Callable[[Any, list[str], list[str]], Limits], trials: int, sizes: Iterable[int] = (50, 100, 330)
+    interval: Callable[[Any, list[str], list[str]], Limits], trials: int, points: Sequence[Seeded] | None = None
 ) -> Iterator[Point]:
     """Yes or no over prompts x seeds; both move the log-odds (prompts by 2), the truth is the mean over all of both."""
-    for n in sizes:
-        for middle, spread, count in SEEDS:
-            prompts, seeds = [str(i) for i in range(n) for _ in range(count)], [str(s) for s in range(count)] * n
-            rng = np.random.default_rng(n)
+    for n, middle, spread, count, _ in points or seeded():
+        prompts, seeds = [str(i) for i in range(n) for _ in range(count)], [str(s) for s in range(count)] * n
+        rng = np.random.default_rng(n)
 
-            def draw(n: int = n, middle: float = middle, spread: float = spread, count: int = count,
-                     prompts: list[str] = prompts, seeds: list[str] = seeds, rng: Any = rng) -> Limits:  # fmt: skip
-                odds = middle + 2 * rng.normal(size=(n, 1)) + spread * rng.normal(size=(1, count))
-                return interval((rng.random((n, count)) < special.expit(odds)).ravel(), prompts, seeds)
+        def draw(n: int = n, middle: float = middle, spread: float = spread, count: int = count,
+                 prompts: list[str] = prompts, seeds: list[str] = seeds, rng: Any = rng) -> Limits:  # fmt: skip
+            odds = middle + 2 * rng.normal(size=(n, 1)) + spread * rng.normal(size=(1, count))
+            return interval((rng.random((n, count)) < special.expit(odds)).ravel(), prompts, seeds)
 
-            truth = _mean_rate(middle, float(np.hypot(2, spread)))
-            yield {"n": n, "log_odds": middle, "seed_spread": spread, "seeds": count, **_covered(truth, draw, trials)}
+        truth = _mean_rate(middle, float(np.hypot(2, spread)))
+        yield {"n": n, "log_odds": middle, "seed_spread": spread, "seeds": count, **_covered(truth, draw, trials)}
 
 
 def simulated_seed_changes(
-    interval: Callable[[Any, Any, list[str], list[str]], Limits], trials: int, sizes: Iterable[int] = (50, 100, 330)
+    interval: Callable[[Any, Any, list[str], list[str]], Limits], trials: int, points: Sequence[Seeded] | None = None
 ) -> Iterator[Point]:
-    """The same before and after: prompts keep their effect, seeds move the answers after, on average by nothing or by 1."""
-    for n in sizes:
-        for (middle, spread, count), shift in zip(SEEDS, [0.0, 1.0, -1.0] * 9):
-            prompts, seeds = [str(i) for i in range(n) for _ in range(count)], [str(s) for s in range(count)] * n
-            rng = np.random.default_rng(n)
+    """The same before and after: prompts keep their effect, seeds move the answers after, on average by the shift."""
+    for n, middle, spread, count, shift in points or seeded():
+        prompts, seeds = [str(i) for i in range(n) for _ in range(count)], [str(s) for s in range(count)] * n
+        rng = np.random.default_rng(n)
 
-            def draw(n: int = n, middle: float = middle, spread: float = spread, count: int = count, shift: float = shift,
-                     prompts: list[str] = prompts, seeds: list[str] = seeds, rng: Any = rng) -> Limits:  # fmt: skip
-                odds = middle + 2 * rng.normal(size=(n, 1)) + np.zeros((1, count))
-                before = rng.random((n, count)) < special.expit(odds)
-                odds = odds + shift + spread * rng.normal(size=(1, count))
-                return interval(before.ravel(), (rng.random((n, count)) < special.expit(odds)).ravel(), prompts, seeds)
+        def draw(n: int = n, middle: float = middle, spread: float = spread, count: int = count, shift: float = shift,
+                 prompts: list[str] = prompts, seeds: list[str] = seeds, rng: Any = rng) -> Limits:  # fmt: skip
+            odds = middle + 2 * rng.normal(size=(n, 1)) + np.zeros((1, count))
+            before = rng.random((n, count)) < special.expit(odds)
+            odds = odds + shift + spread * rng.normal(size=(1, count))
+            return interval(before.ravel(), (rng.random((n, count)) < special.expit(odds)).ravel(), prompts, seeds)
 
-            truth = _mean_rate(middle + shift, float(np.hypot(2, spread))) - _mean_rate(middle, 2)
-            point = {"n": n, "log_odds": middle, "shift": shift, "seed_spread": spread, "seeds": count}
-            yield {**point, **_covered(truth, draw, trials)}
+        truth = _mean_rate(middle + shift, float(np.hypot(2, spread))) - _mean_rate(middle, 2)
+        point = {"n": n, "log_odds": middle, "shift": shift, "seed_spread": spread, "seeds": count}
+        yield {**point, **_covered(truth, draw, trials)}
 
 
 def pooled(votes: Any, prompts: list[str], seeds: list[str]) -> Limits:
@@ -352,14 +383,17 @@ METHODS: dict[str, Callable[[int], Iterator[Point]]] = {
     "wilson": exact_wilson,
     "tango": lambda trials: exact_paired(tango),
     "mean_interval": simulated_mean,
+    "mean_interval, drawn": drawn_means,
     "mean_interval, two values": exact_two_values,
     "paired_mean_difference": simulated_difference,
-    "paired_mean_difference, drawn afterwards": lambda trials: simulated_difference(trials, drawn_columns()),
+    "paired_mean_difference, drawn": lambda trials: simulated_difference(trials, drawn_columns()),
     "paired_mean_difference, rare changes": lambda trials: simulated_rare_changes(trials // 4),
     "clustered_interval, categories": simulated_categories,
     "clustered_interval, categories drawn afterwards": lambda trials: simulated_categories(trials, points=drawn_categories()),
     "clustered_interval, seeds": lambda trials: simulated_seeds(clustered, trials // 2),
     "clustered_interval, changes over seeds": lambda trials: simulated_seed_changes(clustered_changes, trials // 2),
+    "clustered_interval, seeds drawn": lambda trials: simulated_seeds(clustered, trials // 2, drawn_seeds()),
+    "clustered_interval, changes over seeds drawn": lambda trials: simulated_seed_changes(clustered_changes, trials // 2, drawn_seeds()),
     "pool": lambda trials: simulated_seeds(pooled, trials // 10),
     "difference": lambda trials: simulated_seed_changes(compared, trials // 10),
     "alternative: newcombe": lambda trials: exact_paired(newcombe),

@@ -15,8 +15,10 @@ import numpy as np
 from scipy import stats
 
 from resafe.errors import ResafeError
-from resafe.eval.stats._common import Array, Interval, score_limits, unit_column, upper_tail
-from resafe.eval.stats.means import mean_interval, yes_or_no_worth
+from resafe.eval.stats._common import Array, Interval, normal_quantile, unit_column, upper_tail
+from resafe.eval.stats.means import mean_interval, mean_limits
+
+EXACT = 12  # digits to which values are told apart
 
 
 def clustered_interval(
@@ -30,17 +32,17 @@ def clustered_interval(
     """Interval of the mean of values [n] within [lo, hi] whose rows come in clusters, both drawn from many more.
 
     `clusters` alone: rows of a cluster may be alike (prompts of a category). With `crossed`, a second clustering of the
-    same rows (clusters = prompts, crossed = seeds), one row for each pair, few of them missing. The scale, the two values
-    added and the score limits are those of `mean_interval`, which it is where no two rows share a cluster, with Student's
-    quantile: two or three clusters say little of all others, so that the interval is wide; one says nothing: the whole
-    scale. Clusters may be alike by chance: the interval is at least as wide as one standard error of independent rows to
+    same rows (clusters = prompts, crossed = seeds), one row for each pair, few of them missing. The score limits are those
+    of `mean_interval`, which it is where no two rows share a cluster, for as many independent rows as would make the
+    same variance of the mean, with Student's quantile: two or three clusters say little of all others, so that the interval
+    is wide; one says nothing: the whole scale. Clusters may be alike by chance: the interval is at least as wide as one standard error of independent rows to
     either side (chosen by simulation, and simulated again at points drawn afterwards: benchmarks/coverage.py). One seed
     alone is not counted as a cluster: the interval is then about that seed. Where no value varies, the clusters count, not
     the rows.
 
     Raises ResafeError for values outside the scale, labels that do not match them, and two rows for a pair.
     """
-    x, first = unit_column(values, lo, hi), _codes(clusters, len(values))
+    x, first = np.round(unit_column(values, lo, hi), EXACT), _codes(clusters, len(values))
     second = np.zeros_like(first) if crossed is None else _codes(crossed, len(x))
     groups, others = int(first.max()) + 1, int(second.max()) + 1
     if groups == len(x) and others == 1:
@@ -49,17 +51,23 @@ def clustered_interval(
         raise ResafeError("crossed clusters hold one row for each pair: average the rows of a pair first.")
     if groups == 1:
         return lo, hi
-    variance, freedom = _one_way(x, first) if others == 1 else _two_way(x, first, second)
+    rows, quantile = _worth(x, first, second, level) if np.ptp(x) else (groups, normal_quantile(level))
+    low, high = mean_limits(x, rows, quantile)
+    return lo + (hi - lo) * low, lo + (hi - lo) * high
+
+
+def _worth(x: Array, first: Array, second: Array, level: float) -> tuple[float, float]:
+    """How many independent rows would make the same variance of the mean of x [n], which varies; Student's quantile."""
+    crossed = bool(second.any())
+    variance, freedom = _two_way(x, first, second) if crossed else _one_way(x, first)
     quantile = float(stats.t.ppf(upper_tail(level), freedom))
-    if others == 1:
+    if not crossed:
         variance = max(variance, float(x.var()) / len(x) / quantile**2)
-    rows = float(x.var()) / variance if variance > 0 else groups
-    low, high = score_limits(x.mean(), rows * yes_or_no_worth(x), quantile)
-    return lo + (hi - lo) * float(low), lo + (hi - lo) * float(high)
+    return float(x.var()) / variance if variance > 0 else float(first.max()) + 1, quantile
 
 
 def _one_way(x: Array, codes: Array) -> tuple[float, float]:
-    """Variance of the mean of x [n] between clusters, and its degrees of freedom; infinitely many where x does not vary.
+    """Variance of the mean of x [n] between clusters, and its degrees of freedom.
 
     Clusters of unequal size count as (sum n_g)^2 / sum n_g^2 equal ones.
     """
@@ -67,7 +75,7 @@ def _one_way(x: Array, codes: Array) -> tuple[float, float]:
     sums = np.bincount(codes, weights=x - x.mean())
     between = float((sums**2).sum()) * len(sizes) / (len(sizes) - 1) / len(x) ** 2
     freedom = len(x) ** 2 / float((sizes.astype(float) ** 2).sum()) - 1
-    return between, max(1.0, freedom) if np.ptp(x) else math.inf
+    return between, max(1.0, freedom)
 
 
 def _two_way(x: Array, rows: Array, columns: Array) -> tuple[float, float]:

@@ -1,12 +1,14 @@
 """Means of bounded values (ratings 1..5, StrongREJECT [0, 1], shares of n sampled answers), alone and paired.
 
-The interval is Wilson's, for the number of yes-or-no answers that would tell as much as the n values do:
-    n_eff = n m(1 - m) / s^2, after one value at either end of the scale has been added to m and s^2.
-The two values keep a column that never varies from claiming certainty, and leave yes-or-no columns, for which n_eff = n,
-with exactly `wilson`. Chosen by simulation (benchmarks/coverage.py): where high ratings are rare, a column without any
-resamples to itself, so that of 50 prompts with 1.5 % of them above the lowest rating the percentile and the BCa bootstrap
-cover the mean half of the time. Half a value at either end would be nearer 95 % on average, but falls to 77 % where a rare
-high value comes on top of a constant low one; one value falls to 88 %, which is no worse than Wilson's own worst.
+The interval is the score interval: all means that are within z standard errors of the one seen, the standard error being that
+of the likeliest distribution with that mean (a multinomial over the values seen and the two ends of the scale, which may have
+gone unseen). For yes or no it is Wilson's (1927), for changes of yes or no Tango's (1998), of which it is the general form; the
+weights of the constrained likelihood are those of A. B. Owen (1988), Biometrika 75:237-249, doi 10.1093/biomet/75.2.237.
+
+Nothing in it was chosen: benchmarks/coverage.py simulates it. A bootstrap is no way out where high ratings are rare: a column
+without any resamples to itself, so that of 50 prompts with 1.5 % of them above the lowest rating the percentile and the BCa
+bootstrap cover the mean half of the time.
+
 Wilcoxon's test: F. Wilcoxon (1945), doi 10.2307/3001968.
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from resafe.eval.stats._common import (
     Array,
@@ -23,11 +25,10 @@ from resafe.eval.stats._common import (
     Interval,
     check_paired,
     normal_quantile,
-    score_limits,
     unit_column,
 )
-from resafe.eval.stats.paired import tango_limits
 
+END = 1e-12  # what is this near to an end of the scale is the end
 DIGITS = 9  # differences of means of shares that are equal but for rounding must tie
 
 
@@ -37,15 +38,42 @@ def mean_interval(values: Sequence[float], lo: float, hi: float, level: float = 
     Raises ResafeError without values and for values outside the scale.
     """
     x = unit_column(values, lo, hi)
-    low, high = score_limits(x.mean(), len(x) * yes_or_no_worth(x), normal_quantile(level))
-    return lo + (hi - lo) * float(low), lo + (hi - lo) * float(high)
+    low, high = mean_limits(x, len(x), normal_quantile(level))
+    return lo + (hi - lo) * low, lo + (hi - lo) * high
 
 
-def yes_or_no_worth(x: Array) -> float:
-    """How many yes-or-no answers tell as much as one of the values x [n] in [0, 1]: at least 1."""
-    n = len(x) + 2  # one more at 0 and one more at 1
-    mean, square = (x.sum() + 1) / n, ((x * x).sum() + 1) / n
-    return max(1.0, float(mean * (1 - mean) / (square - mean * mean)))
+def mean_limits(x: Array, n: float, z: float) -> Interval:
+    """Score limits of the mean of `n` independent values that are distributed as x [m] in [0, 1]; n need not be m, nor whole."""
+    values, counts = np.unique(x, return_counts=True)
+    shares = counts / len(x)
+    return 1 - _upper(1 - values, shares, n, z), _upper(values, shares, n, z)
+
+
+def _upper(values: Array, shares: Array, n: float, z: float) -> float:
+    """The largest mean d that is possible: n (d - mean)^2 <= z^2 variance(d), by the likeliest distribution p with mean d.
+
+    With a multiplier t, p_i = share_i / (1 + t (v_i - d)), or share_i / (c + (1 - c)(1 - v_i)), scaled to 1, for c from 1 (d is
+    the mean) to 0 (an end of the scale that was seen has all; one that was not, nothing yet). From there on
+    t = -1 / (1 - d) stays at its bound, p_i = share_i (1 - d) / (1 - v_i), the unseen end has the rest, and the variance is
+    (1 - d)(d - mean), whatever the values are.
+    """
+    mean, gap = float(shares @ values), np.where(1 - values < END, 0.0, 1 - values)
+    if mean >= 1 - END:
+        return 1.0
+    beyond = (n * mean + z * z) / (n + z * z)
+    if gap.all() and (1 - beyond) * float((shares / gap).sum()) <= 1:
+        return beyond
+
+    def tilted(c: float) -> tuple[float, float]:
+        if c == 0 and not gap.all():
+            return 1.0, n**0.5 * (1 - mean)
+        p = shares / (c + (1 - c) * gap)
+        p /= p.sum()
+        d = float(p @ values)
+        return d, n**0.5 * (d - mean) - z * max(0.0, float(p @ (values - d) ** 2)) ** 0.5
+
+    root = optimize.brentq(lambda c: tilted(c)[1], 0.0, 1.0, xtol=1e-300, rtol=1e-15, maxiter=2000)
+    return tilted(root)[0]
 
 
 def paired_mean_difference(
@@ -53,21 +81,15 @@ def paired_mean_difference(
 ) -> Difference:
     """Mean after - mean before of values within [lo, hi] on the same prompts, in their units.
 
-    Tango's interval (`paired.tango`) for the number of yes-or-no pairs that would tell as much as the n changes d, in units
-    of the scale: n_eff = n (|d| - D^2) / (d^2 - D^2), all means after a change by the whole scale either way has been added;
-    of them the mean fall is lost and the mean rise gained. For columns of the two ends alone it is `paired.tango`.
-    A change that was not seen may be by the whole scale, however small the others are: a rule that takes it to be like them
-    misses it two times of three (benchmarks/coverage.py, "rare changes").
+    The score interval of the mean change, which lies within the whole scale either way: a change that was not seen may be
+    by all of it, however small the others are. For columns of the two ends alone it is `paired.tango`.
 
     Raises ResafeError for columns of unequal length, without values, and for values outside the scale.
     """
     check_paired(before, after)
-    changes, n = unit_column(after, lo, hi) - unit_column(before, lo, hi), len(before) + 2
-    mean, size, square = changes.sum() / n, (np.abs(changes).sum() + 2) / n, ((changes**2).sum() + 2) / n
-    worth = len(changes) * max(1.0, float((size - mean**2) / (square - mean**2)))
-    fall, rise = np.maximum(-changes, 0.0).mean(), np.maximum(changes, 0.0).mean()
-    low, high = tango_limits(worth * fall, worth * rise, worth, normal_quantile(level))
-    return Difference(*((hi - lo) * float(x) for x in (changes.mean(), low, high)))
+    changes = unit_column(after, lo, hi) - unit_column(before, lo, hi)
+    low, high = mean_limits((1 + changes) / 2, len(changes), normal_quantile(level))
+    return Difference(*((hi - lo) * x for x in (float(changes.mean()), 2 * low - 1, 2 * high - 1)))
 
 
 def wilcoxon_signed_rank(before: Sequence[float], after: Sequence[float]) -> float:

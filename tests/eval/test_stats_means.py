@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
 from resafe.errors import ResafeError
 from resafe.eval.stats import clustered_interval, mean_interval, paired_mean_difference, wilcoxon_signed_rank, wilson
-from tests.eval import tango_reference
+from resafe.eval.stats.means import mean_limits
+from tests.eval import score_reference, tango_reference
 
 RATINGS = st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0]), min_size=1, max_size=60)
 
@@ -37,9 +38,46 @@ def test_turning_the_scale_around_turns_the_interval_around(values: list[float])
     assert mean_interval([6 - v for v in values], 1, 5) == pytest.approx((6 - high, 6 - low), abs=1e-9)
 
 
+@given(RATINGS, st.sampled_from([None, 7.5, 400]), st.sampled_from([None, 1.0, 6.3]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_limits_are_where_the_score_of_the_likeliest_distribution_is_z(values: list[float], n: float | None, z: float | None) -> None:
+    found = mean_limits((np.array(values) - 1) / 4, n or len(values), z or stats.norm.ppf(0.975))
+    assert [1 + 4 * x for x in found] == pytest.approx(score_reference.limits(values, 1, 5, n, z), abs=1e-8)
+
+
+def test_the_likeliest_distribution_is_that_of_a_general_optimiser() -> None:
+    values, support = [1, 1, 1, 1, 2, 2, 3, 4], np.array([1.0, 2, 3, 4, 5])
+    counts = np.array([values.count(v) for v in support])
+    for mean in (1.4, 2.2, 3.0, 4.5):
+        rules = [{"type": "eq", "fun": lambda p: p.sum() - 1}, {"type": "eq", "fun": lambda p, m=mean: p @ support - m}]
+        found = optimize.minimize(lambda p: -counts @ np.log(np.maximum(p, 1e-12)), np.full(5, 0.2), bounds=[(0, 1)] * 5, constraints=rules, tol=1e-12)
+        p = score_reference.likeliest(values, 1, 5, mean)
+        assert [p.get(v, 0.0) for v in support] == pytest.approx(found.x.tolist(), abs=1e-4)
+
+
 def test_an_interval_by_hand() -> None:
-    # 0, .5, .5, 1 and one more at 0 and at 1: m = .5, mean square = 2.5/6, variance 1/6, so that n_eff = 4 * .25 * 6
-    assert mean_interval([0, 0.5, 0.5, 1], 0, 1) == pytest.approx(wilson(3, 6), abs=1e-12)
+    # .5 n times: a mean of .5 + e needs a share of 2e at 1, variance 2e (1/4) - e^2; n e^2 = z^2 (e / 2 - e^2)
+    n, z = 30, stats.norm.ppf(0.975)
+    assert mean_interval([0.5] * n, 0, 1)[1] == pytest.approx(0.5 + z * z / 2 / (n + z * z), abs=1e-12)
+
+
+@pytest.mark.parametrize("x", [[0.34 - 6e-17] * 64 + [0.34] * 26, [0.52] * 216 + [0.52 - 1e-16] * 68 + [0.52 + 1e-16] * 40])
+def test_values_that_differ_by_rounding_count_as_one(x: list[float]) -> None:
+    assert mean_interval(x, 0, 1) == pytest.approx(mean_interval([x[0]] * len(x), 0, 1), abs=1e-12)
+    prompts, seeds = [i // 2 for i in range(len(x))], [i % 2 for i in range(len(x))]
+    for crossed in (None, seeds):
+        wide = clustered_interval(x, prompts, crossed=crossed)
+        assert wide == pytest.approx(mean_interval([x[0]] * (len(x) // 2), 0, 1), abs=1e-9), "values alike: the prompts count"
+
+
+@pytest.mark.parametrize("x", [[1e-9] * 10, [1 - 1e-9] * 10, [1e-9, 2e-9, 3e-9], [0, 1e-13, 1], [1e-13] * 5 + [0.0] * 3])
+@pytest.mark.parametrize("z", [0.01, 1.96, 63.7])
+def test_limits_stay_on_the_scale_next_to_its_ends(x: list[float], z: float) -> None:
+    low, high = mean_limits(np.array(x), len(x), z)
+    assert 0 <= low <= np.mean(x) + 1e-12 and np.mean(x) - 1e-12 <= high <= 1 and high - low > 1e-6 * z
+    turned = mean_limits(1 - np.array(x), len(x), z)
+    assert (1 - turned[1], 1 - turned[0]) == pytest.approx((low, high), abs=1e-9)
+    assert mean_limits(np.array(x), 0.5 * len(x), z)[1] > high or high == 1, "fewer values say less"
 
 
 def test_for_many_values_it_is_the_normal_interval() -> None:
@@ -104,13 +142,14 @@ def test_a_difference_of_votes_is_that_of_rates(cells: tuple[int, int, int, int]
     assert found == pytest.approx((4 * (c - b) / sum(cells), 4 * low, 4 * high), abs=1e-9)
 
 
-def test_changes_by_half_the_scale_tell_more_than_as_many_votes() -> None:
-    # |d|: 10 halves and one whole either way of 42: 7 / 42; d^2: 4.5 / 42; D: (6 - 4) / 2 / 42
-    before, after = [0.5] * 40, [1.0] * 6 + [0.0] * 4 + [0.5] * 30
-    mean = 1 / 42
-    worth = 40 * (7 / 42 - mean**2) / (4.5 / 42 - mean**2)
-    low, high = tango_reference.limits(worth * 2 / 40, worth * 3 / 40, worth)
-    assert paired_mean_difference(before, after, 0, 1) == pytest.approx((1 / 40, low, high), abs=1e-9)
+def test_changes_are_means_within_the_whole_scale_either_way() -> None:
+    before, after = [1.0] * 40 + [3.0] * 5, [1.0] * 30 + [3.0] * 4 + [1.5] * 6 + [3.0] * 3 + [1.0] * 2
+    changes = [b - a for a, b in zip(before, after)]
+    found = paired_mean_difference(before, after, 1, 5)
+    assert found == pytest.approx((np.mean(changes), *score_reference.limits(changes, -4, 4)), abs=1e-8)
+    votes = [5 if a > 1 else 1 for a in before], [5 if a > 1 else 1 for a in after]
+    wide = paired_mean_difference(*votes, 1, 5)
+    assert found.high - found.low < 0.6 * (wide.high - wide.low), "smaller changes tell more than as many votes"
 
 
 def test_unequal_pairs_are_refused() -> None:
@@ -165,21 +204,19 @@ def test_categories_that_differ_widen_and_those_alike_by_chance_leave_one_standa
 
 def test_between_equal_clusters_the_variance_is_that_of_their_means() -> None:
     x = np.random.default_rng(3).choice([0.0, 0.5, 1.0], size=(5, 20)) * np.linspace(0.2, 1, 5)[:, None]
-    variance, mean, square = x.mean(axis=1).var(ddof=1) / 5, (x.sum() + 1) / 102, ((x**2).sum() + 1) / 102
-    effective = x.var() / variance * mean * (1 - mean) / (square - mean**2)
-    expected = wilson(x.mean() * effective, effective, 2 * stats.norm.cdf(stats.t.ppf(0.975, 4)) - 1)
+    effective = x.var() / (x.mean(axis=1).var(ddof=1) / 5)
+    expected = score_reference.limits(x.ravel().tolist(), 0, 1, effective, stats.t.ppf(0.975, 4))
     found = clustered_interval(x.ravel().tolist(), [i for i in range(5) for _ in range(20)])
-    assert found == pytest.approx(expected, abs=1e-9)
+    assert found == pytest.approx(expected, abs=1e-8)
 
 
 def test_a_large_category_makes_the_others_count_for_less() -> None:
     # sums of deviations from .29: -7.2, 1.1, 6.1; sizes count as 100^2 / (80^2 + 10^2 + 10^2) = 1.5 equal ones: 1 degree
     x = np.array([0.2] * 80 + [0.4] * 10 + [0.9] * 10)
-    variance, mean, square = (7.2**2 + 1.1**2 + 6.1**2) * 1.5 / 100**2, 30 / 102, ((x**2).sum() + 1) / 102
-    effective = x.var() / variance * mean * (1 - mean) / (square - mean**2)
-    expected = wilson(0.29 * effective, effective, 2 * stats.norm.cdf(stats.t.ppf(0.9, 1)) - 1)
+    effective = x.var() / ((7.2**2 + 1.1**2 + 6.1**2) * 1.5 / 100**2)
+    expected = score_reference.limits(x.tolist(), 0, 1, effective, stats.t.ppf(0.9, 1))
     found = clustered_interval(x.tolist(), "a" * 80 + "b" * 10 + "c" * 10, level=0.8)
-    assert found == pytest.approx(expected, abs=1e-9)
+    assert found == pytest.approx(expected, abs=1e-8)
 
 
 def test_seeds_by_hand_two_way_analysis_of_variance() -> None:
@@ -190,12 +227,10 @@ def test_seeds_by_hand_two_way_analysis_of_variance() -> None:
     ms = [s * x.mean(axis=1).var(ddof=1), n * x.mean(axis=0).var(ddof=1), (rest**2).sum() / ((n - 1) * (s - 1))]
     total = ms[0] + ms[1] - ms[2]
     freedom = total**2 / (ms[0] ** 2 / (n - 1) + ms[1] ** 2 / (s - 1) + ms[2] ** 2 / ((n - 1) * (s - 1)))
-    mean, square = (x.sum() + 1) / (x.size + 2), ((x**2).sum() + 1) / (x.size + 2)
-    effective = x.var() / (total / x.size) * mean * (1 - mean) / (square - mean**2)
-    # Wilson with that many answers, its z replaced by Student's: as an interval of level 2 F(t) - 1
-    expected = wilson(x.mean() * effective, effective, 2 * stats.norm.cdf(stats.t.ppf(0.975, freedom)) - 1)
+    effective = x.var() / (total / x.size)
+    expected = score_reference.limits(x.ravel().tolist(), 0, 1, effective, stats.t.ppf(0.975, freedom))
     labels = [i for i in range(n) for _ in range(s)], list(range(s)) * n
-    assert clustered_interval(x.ravel().tolist(), labels[0], crossed=labels[1]) == pytest.approx(expected, abs=1e-9)
+    assert clustered_interval(x.ravel().tolist(), labels[0], crossed=labels[1]) == pytest.approx(expected, abs=1e-8)
 
 
 def test_no_hits_for_three_seeds_allow_what_no_hits_for_one_do() -> None:
