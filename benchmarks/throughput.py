@@ -35,7 +35,7 @@ SUITES = ("advbench", "xstest_safe", "gsm8k", "ifeval")
 MODELS: dict[str, dict[str, Any]] = {
     "lab": {"rows": 600, "batch": 64, "rounds": 9, "stride": 8},
     "100m": {"rows": 192, "batch": 64, "rounds": 3, "stride": 16, "threads": 2, "shape": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10}},  # needs two idle cores
-    "100m-1": {"rows": 128, "batch": 64, "rounds": 2, "stride": 16},
+    "100m-1": {"rows": 192, "batch": 64, "rounds": 3, "stride": 16},
     "7b": {"rows": 1024, "batch": 128, "rounds": 5, "stride": 32, "shape": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}},
 }  # fmt: skip
 MODELS["100m-1"]["shape"] = MODELS["100m"]["shape"]
