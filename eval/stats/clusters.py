@@ -35,9 +35,9 @@ def clustered_interval(
     same rows (clusters = prompts, crossed = seeds), one row for each pair, few of them missing. The score limits are those
     of `mean_interval`, which it is where no two rows share a cluster, for as many independent rows as would make the
     same variance of the mean, with Student's quantile: two or three clusters say little of all others, so that the interval
-    is wide; one says nothing: the whole scale. Clusters may be alike by chance: the interval is at least as wide as one standard error of independent rows to
-    either side (chosen by simulation, and simulated again at points drawn afterwards: benchmarks/coverage.py). One seed
-    alone is not counted as a cluster: the interval is then about that seed. Where no value varies, the clusters count, not
+    is wide; one says nothing: the whole scale. Clusters may be alike by chance: the interval is at least as wide as one
+    standard error of independent rows to either side (chosen by simulation, and simulated again at points drawn
+    afterwards: benchmarks/coverage.py). One seed alone is not counted as a cluster: the interval is then about that seed. Where no value varies, the clusters count, not
     the rows.
 
     Raises ResafeError for values outside the scale, labels that do not match them, and two rows for a pair.
