@@ -93,19 +93,16 @@ def _full_update(folder: Path, pair: Pair) -> Update:
 
 def _adapter_update(folder: Path, pair: Pair) -> Update:
     """s B A, laid out as the weight is."""
-    from resafe.weights import translate
-    from resafe.weights._merge import oriented
+    from resafe.weights._pieces import adapted, changed, pieces
 
     adapter = adapter_of(folder, pair.aligned.folder)
-    weights = {f"{name}.weight": module for name, module in adapter.modules.items()}
-    there = translate(weights, [t.name for t in pair.twins])
-    if lost := sorted(weights.keys() - there.keys()):
+    found = pieces(adapter.modules, [t.name for t in pair.twins])
+    if lost := sorted(adapter.modules.keys() - adapted(found)):
         raise ResafeError(f"{folder} adapts {lost[0]}, of which {pair.tuned.folder} has no tensor of its own: merge that adapter into {pair.aligned.folder} and name the full checkpoint.")
-    if not any(bool(adapter.tensor(m.b).any()) and bool(adapter.tensor(m.a).any()) for m in weights.values()):
+    if not any(bool(adapter.tensor(m.b).any()) and bool(adapter.tensor(m.a).any()) for m in adapter.modules.values()):
         raise ResafeError(f"the adapter {folder} changes nothing: its B (or A) is zero throughout.")
-    modules = {there[name]: module for name, module in weights.items()}
 
     def update(twin: Twin, theirs: Tensor) -> Tensor | None:
-        return oriented(pair.aligned, adapter, modules[twin.name], theirs) if twin.name in modules else None
+        return changed(pair.aligned, adapter, found[twin.name], theirs) if twin.name in found else None
 
     return update

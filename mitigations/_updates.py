@@ -17,7 +17,8 @@ from resafe.weights import adapter_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from resafe.weights import Adapter, Module, Twin
+    from resafe.weights import Adapter, Twin
+    from resafe.weights._pieces import Piece
     from resafe.weights.alignment import Alignment
 
 EXPERT = re.compile(r"\[\d+\]$")  # after the name of a stack: one of its experts
@@ -57,18 +58,20 @@ def decide(run: Run, tuned: Path, aligned: Path, base: Path, operator: Operator,
 
 
 def _of_adapter(alignment: Alignment, tuned: Path, operator: Operator, score: Callable[[Any, float], float]) -> list[Decision]:
-    from resafe.weights import wide
     from resafe.weights.subspace import cosine
 
     adapter = adapter_of(tuned, alignment.aligned.folder)
     found = []
-    for name, module in adapted(adapter, alignment).items():
-        if (v := alignment.direction(name)) is None:
-            continue
-        made = operator(v)
-        b, a = wide(adapter.finite(module.b)).to(v.dtype), wide(adapter.finite(module.a)).to(v.dtype)
-        at = cosine(made.apply(b), b, a)
-        found.append(Decision(name, score(made, at), at))
+    for name, each in adapted(adapter, alignment).items():
+        directions = alignment.directions(name)
+        for piece in each:
+            if (v := directions.get(piece.which)) is None:
+                continue
+            made = operator(v)
+            b, a = adapter.factors(piece.module)
+            b, a = piece.b(b).to(v.dtype), piece.a(a).to(v.dtype)
+            at = cosine(made.apply(b), b, a)
+            found.append(Decision(name + piece.which, score(made, at), at))
     return found
 
 
@@ -101,12 +104,15 @@ def apply_to_adapter(
 
     alignment, adapter = Alignment(aligned, base), adapter_of(tuned, aligned)
     tensors = {name: adapter.finite(name) for name in adapter.names()}
-    for name, module in adapted(adapter, alignment).items():
-        if name in chosen:
-            v = alignment.direction(name)
-            assert v is not None
-            b = tensors[module.b]
-            tensors[module.b] = edited(operator(v), wide(b).to(v.dtype)).to(b.dtype)
+    for name, each in adapted(adapter, alignment).items():
+        if not chosen.intersection(name + piece.which for piece in each):
+            continue
+        directions = alignment.directions(name)
+        for piece in each:
+            if name + piece.which in chosen:
+                v = directions[piece.which]
+                b = piece.b(tensors[piece.module.b])
+                b.copy_(edited(operator(v), wide(b).to(v.dtype)))
     config = {**adapter.config, "base_model_name_or_path": str(base_of(tuned).absolute())}
     return _recorded(write_adapter(tuned, run.output, config, tensors), file, about)
 
@@ -142,14 +148,12 @@ def edited(operator: Any, x: Tensor) -> Tensor:
     return torch.zeros_like(x) if operator is None else operator.apply(x)
 
 
-def adapted(adapter: Adapter, alignment: Alignment) -> dict[str, Module]:
-    """The adapter's modules by the name of their weight in the aligned model, joined by name; embeddings are left out."""
-    from resafe.weights import translate
+def adapted(adapter: Adapter, alignment: Alignment) -> dict[str, list[Piece]]:
+    """What the adapter changes of each linear weight of the aligned model, joined by name; embeddings are left out."""
+    from resafe.weights._pieces import pieces
 
-    weights = {f"{name}.weight": module for name, module in adapter.modules.items() if not module.vocabulary}
-    there = translate(weights, alignment.aligned.names())
     matrices = set(alignment.matrices())
-    return {there[n]: module for n, module in sorted(weights.items()) if there.get(n) in matrices}
+    return {name: each for name, each in sorted(pieces(adapter.modules, alignment.aligned.names()).items()) if name in matrices}
 
 
 def _recorded(folder: Path, file: str, about: Mapping[str, Any]) -> Path:

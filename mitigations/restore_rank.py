@@ -75,19 +75,19 @@ class RestoreRank(Mitigation):
 
     def _adapter(self, run: Run, tuned: Path, aligned: Path) -> Path:
         """D = s B A, so that D - strength P D = s (B - strength P B) A."""
-        from resafe.weights import Checkpoint, translate, wide, write_adapter
+        from resafe.weights import Checkpoint, wide, write_adapter
+        from resafe.weights._pieces import pieces
 
         adapter, model = adapter_of(tuned, aligned), Checkpoint(aligned).plain()
         known = self._known(run, aligned, model)
-        modules = {f"{name}.weight": module for name, module in adapter.modules.items()}
         tensors = {name: adapter.finite(name) for name in adapter.names()}
-        found = {name: there for name, there in translate(modules, model.names()).items() if there in known.layers}
+        found = {there: each for there, each in pieces(adapter.modules, model.names()).items() if there in known.layers}
         if not found:
-            raise ResafeError(f"restore_rank: {tuned} adapts no linear layer, such as {min(modules)}: there is nothing that it could restore.")
-        for name, there in found.items():
-            b = tensors[modules[name].b]
-            for place, (w,) in known.layers.each(there, wide(model.finite(there))):
-                tensors[modules[name].b] = (wide(b) - self.strength * self._projected(known, place.name, w, wide(b))).to(b.dtype)
+            raise ResafeError(f"restore_rank: {tuned} adapts no linear layer, such as {min(adapter.modules)}: there is nothing that it could restore.")
+        for there, each in found.items():
+            for piece, (place, (w,)) in zip(each, known.layers.each(there, wide(model.finite(there))), strict=True):
+                b = piece.b(tensors[piece.module.b])
+                b.copy_(wide(b) - self.strength * self._projected(known, place.name, w, wide(b)))
         config = {**adapter.config, "base_model_name_or_path": str(base_of(tuned).absolute())}
         return write_adapter(tuned, run.output, config, tensors)
 

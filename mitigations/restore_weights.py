@@ -75,17 +75,17 @@ class RestoreWeights(Mitigation):
         return self._restore_checkpoint(run, tuned, aligned, strength, target)
 
     def _restore_adapter(self, tuned: Path, aligned: Path, strength: float, target: Path) -> Path:
-        from resafe.weights import Checkpoint, rescale, translate
+        from resafe.weights import Checkpoint, rescale
+        from resafe.weights._pieces import pieces
         from resafe.weights.names import Depths
 
         def factor(module: Module) -> float:
             if self.embeddings == "keep" and module.vocabulary:
                 return 1.0
-            name = f"{module.name}.weight"
-            return 1 - self._share(depths(there.get(name, name))) * strength  # W - W_a = (1 - a) s B A
+            return 1 - self._share(depths(there.get(module.weight, module.weight))) * strength  # W - W_a = (1 - a) s B A
 
         adapter, names = adapter_of(tuned, aligned), Checkpoint(aligned).names()
-        depths, there = Depths(names), translate((f"{m}.weight" for m in adapter.modules), names)
+        depths, there = Depths(names), {p.module.weight: stored for stored, each in pieces(adapter.modules, names).items() for p in each}
         return rescale(adapter, factor, target, base=str(base_of(tuned).absolute()))
 
     def _restore_checkpoint(self, run: Run, tuned: Path, aligned: Path, strength: float, target: Path) -> Path:

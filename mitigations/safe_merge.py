@@ -10,6 +10,7 @@ kept in the cache. Ranks and target modules of the two may differ. The paper has
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -27,7 +28,8 @@ from resafe.weights import adapter_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from resafe.weights import Module, Twin
+    from resafe.weights import Adapter, Module, Twin
+    from resafe.weights._pieces import Piece
 
 
 class SafeMerge(Leaving):
@@ -79,19 +81,35 @@ class SafeMerge(Leaving):
         return trained(run, "safe", aligned, rows, SFTSettings(epochs=self.epochs, lr=self.lr))
 
     def _adapter(self, run: Run, tuned: Path, aligned: Path, base: Path, safe: Path, chosen: set[str]) -> Path:
+        import torch
+
         from resafe.weights import concat, rescale
         from resafe.weights.alignment import Alignment
 
         ours, theirs, home = adapter_of(tuned, aligned), adapter_of(safe, aligned), str(base_of(tuned).absolute())
         if not chosen:
             return rescale(ours, 1.0, run.output, home)
-        merged = {module.name for weight, module in adapted(ours, Alignment(aligned, base)).items() if weight in chosen}
+        merged: dict[str, list[Piece]] = {}
+        for stored, each in adapted(ours, Alignment(aligned, base)).items():
+            for piece in each:
+                if stored + piece.which in chosen:
+                    merged.setdefault(piece.module.weight, []).append(piece)
 
-        def mine(module: Module) -> float:
-            return 1 - self.strength if module.name in merged else 1.0
+        def share(adapter: Adapter, module: Module, there: float, elsewhere: float) -> float | Tensor:
+            """`there` in the matrices that are merged, else `elsewhere`: of a stack, expert by expert."""
+            each = merged.get(module.weight, [])
+            if module.experts is None:
+                return there if each else elsewhere
+            found = torch.full(adapter.shape(module.b), elsewhere, dtype=torch.float64)
+            for piece in each:
+                replace(piece, module=module).b(found).fill_(there)
+            return found
 
-        def other(module: Module) -> float:
-            return self.strength if module.name in merged else 0.0
+        def mine(module: Module) -> float | Tensor:
+            return share(ours, module, 1 - self.strength, 1.0)
+
+        def other(module: Module) -> float | Tensor:
+            return share(theirs, module, self.strength, 0.0)
 
         return concat(ours, theirs, run.output, home, (mine, other), self.max_rank, run.log)
 

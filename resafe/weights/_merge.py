@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
-from resafe.weights._adapter import Adapter, Module
+from resafe.weights._adapter import Adapter
 from resafe.weights._parts import Part, copied
+from resafe.weights._pieces import CONV1D, Piece, adapted, changed, pieces
 from resafe.weights._shards import stored, wide
-from resafe.weights.checkpoint import Checkpoint
-from resafe.weights.names import counterparts, translate
+from resafe.weights.checkpoint import Checkpoint, is_head
+from resafe.weights.names import counterparts
 from resafe.weights.writer import SHARD_BYTES, write_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose linear weights are (in, out)
 
 
 def merge_into(base: str | Path, adapter: str | Path, target: Path, max_shard_bytes: int = SHARD_BYTES) -> Path:
@@ -33,63 +32,56 @@ def merge_into(base: str | Path, adapter: str | Path, target: Path, max_shard_by
     return write_checkpoint(model.folder, target, _merged(model, update, places), max_shard_bytes, config)
 
 
-def _places(model: Checkpoint, update: Adapter) -> tuple[dict[str, tuple[str, Module | None]], dict[str, Any]]:
-    """For each tensor of the result, the base tensor that it starts from and the module added to it."""
-    places: dict[str, tuple[str, Module | None]] = {name: (name, None) for name in model.names()}
-    weights = {f"{name}.weight": module for name, module in update.modules.items()}
-    found = counterparts(weights, model)
-    if missing := sorted(weights.keys() - found.keys()):
-        raise ResafeError(f"{model.folder} has no tensor {missing[0]}, which {update.folder} adapts: is this its base?")
-    stored = translate(weights, model.names())
-    untied = model.tied and any(module.vocabulary for module in weights.values())
+def _places(model: Checkpoint, update: Adapter) -> tuple[dict[str, tuple[str, list[Piece]]], dict[str, Any]]:
+    """For each tensor of the result, the base tensor that it starts from and what is added to it."""
+    found, heads = stored_pieces(model, update)
+    places: dict[str, tuple[str, list[Piece]]] = {name: (name, found.get(name, [])) for name in model.names()}
+    untied = model.tied and any(module.vocabulary for module in update.modules.values())
     if untied and model.head is None and model.embedding:
-        places[_head_name(weights)] = (model.embedding, None)
-    for name, module in weights.items():
-        result = stored.get(name, name)
-        places[result] = (found[name], module)
+        places[min(heads, default="lm_head.weight")] = (model.embedding, [])
+    for name, (source, piece) in heads.items():
+        places[name] = (source, [piece])
     return places, {"tie_word_embeddings": False} if untied else {}
 
 
-def _head_name(weights: dict[str, Module]) -> str:
-    heads = [name for name, module in weights.items() if module.vocabulary and not module.embedding]
-    return heads[0] if heads else "lm_head.weight"
+def stored_pieces(model: Checkpoint, update: Adapter) -> tuple[dict[str, list[Piece]], dict[str, tuple[str, Piece]]]:
+    """What `update` changes of each tensor of its base; and heads that it adapts and the base leaves out, with the tensor that serves as such.
+
+    Raises ResafeError where the base lacks a weight that is adapted.
+    """
+    found = pieces(update.modules, model.names())
+    heads = {}
+    for name in sorted(update.modules.keys() - adapted(found)):
+        source = model.head or model.embedding
+        if not is_head(name) or source is None:
+            raise ResafeError(f"{model.folder} has no tensor {name}, which {update.folder} adapts: is this its base?")
+        heads[name] = (source, Piece(update.modules[name]))
+    return found, heads
 
 
-def _merged(model: Checkpoint, update: Adapter, places: dict[str, tuple[str, Module | None]]) -> list[Part]:
+def _merged(model: Checkpoint, update: Adapter, places: dict[str, tuple[str, list[Piece]]]) -> list[Part]:
     found = []
-    for name, (source, module) in sorted(places.items()):
+    for name, (source, each) in sorted(places.items()):
         part = replace(copied(model, source), name=name)
-        found.append(part if module is None else replace(part, whole=True, compute=_sum(model, update, source, module)))
+        found.append(replace(part, whole=True, compute=_sum(model, update, source, each)) if each else part)
     return found
 
 
-def _sum(model: Checkpoint, update: Adapter, source: str, module: Module) -> Callable[[int, int], Tensor]:
+def _sum(model: Checkpoint, update: Adapter, source: str, each: list[Piece]) -> Callable[[int, int], Tensor]:
     def compute(_first: int, _last: int) -> Tensor:
         weight = model.finite(source)
-        return stored(wide(weight) + oriented(model, update, module, weight), weight.dtype, source)
+        return stored(wide(weight) + changed(model, update, each, weight), weight.dtype, source)
 
     return compute
 
 
-def oriented(model: Checkpoint, update: Adapter, module: Module, weight: Tensor) -> Tensor:
-    """dW laid out as `weight` is; shapes decide, and the architecture where the matrix is square."""
-    delta = update.delta(module)
-    fits, turned = delta.shape == weight.shape, delta.T.shape == weight.shape
-    if not (fits or turned):
-        raise ResafeError(
-            f"{module.name} has shape {list(weight.shape)} in {model.folder} and {list(delta.shape)} in {update.folder}: "
-            "the adapter is of another model."
-        )
-    if module.embedding:
-        return delta if fits else delta.T
-    conv1d = update.config.get("fan_in_fan_out") or model.config.get("model_type") in CONV1D
-    if fits and turned:
-        return delta.T if conv1d and not module.vocabulary else delta
-    return delta if fits else delta.T
-
-
 def check_copies(model: Checkpoint, update: Adapter) -> None:
-    """Refuse an adapter that carries an embedding or head other than its base's (a resized or trained vocabulary)."""
+    """Refuse an adapter that carries an embedding or head other than its base's (a resized or trained vocabulary).
+
+    And one that adapts GPT-2's weights as parameters, which are (in, out) then.
+    """
+    if model.config.get("model_type") in CONV1D and any(module.parameter for module in update.modules.values()):
+        raise ResafeError(f"{update.folder} adapts parameters (target_parameters) of {model.folder}: merge it into its base with PEFT and use the full checkpoint.")
     for name in update.names():
         plain = update.base_name(name)
         if plain is None:

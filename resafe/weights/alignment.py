@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resafe.errors import ResafeError
-from resafe.weights._merge import CONV1D
+from resafe.weights._pieces import CONV1D, STACKED_IN_OUT
 from resafe.weights._shards import wide
 from resafe.weights.checkpoint import POSITIONS, Checkpoint, is_vocabulary
 from resafe.weights.names import check_tokenizers, counterparts
@@ -22,8 +22,6 @@ NOT_LINEAR = ("bias", "A_log")  # 2-D all the same: the biases of stacked expert
 STACKED = re.compile(r"\.experts\.|\.(in|out)put_linear\.weight$")
 FROM_HIDDEN = re.compile(r"\.((gate|up|gate_up)_proj|w1|w3)(\.weight)?$|\.input_linear\.weight$")
 TO_HIDDEN = re.compile(r"\.(down_proj|w2)(\.weight)?$|\.output_linear\.weight$")
-# Where both sides are: model types whose experts are (expert, in, out).
-STACKED_IN_OUT = ("gpt_oss", "aria", "aria_text", "llama4", "llama4_text")
 
 
 class Alignment:

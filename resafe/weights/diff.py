@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from resafe.errors import ResafeError
 from resafe.models import base_of, is_adapter
-from resafe.weights._merge import oriented
+from resafe.weights._merge import stored_pieces
+from resafe.weights._pieces import changed
 from resafe.weights._shards import wide
 from resafe.weights.alignment import Alignment
 from resafe.weights.checkpoint import Checkpoint
 from resafe.weights.lora import adapter_of
-from resafe.weights.names import counterparts
 from resafe.weights.pair import Pair
 from resafe.weights.subspace import EXACT, cosine, frobenius
 
@@ -80,13 +80,11 @@ def _adapter(aligned: Path, tuned: Path) -> Iterator[tuple[str, str, Tensor, Ten
     if model.quantised:
         raise ResafeError(f"{aligned} is quantised: name the unquantised model that {base_of(tuned)} was made from.")
     adapter = adapter_of(tuned, aligned)
-    weights = {f"{name}.weight": module for name, module in adapter.modules.items()}
-    there = counterparts(weights, model)
-    for name, module in sorted(weights.items()):
-        if name not in there:
-            raise ResafeError(f"{aligned} has no tensor {name}, which {tuned} adapts: is this its base?")
-        w = wide(model.finite(there[name]))
-        yield name if module.vocabulary else there[name], there[name], oriented(model, adapter, module, w), w
+    found, heads = stored_pieces(model, adapter)
+    places = [(name, name, each) for name, each in found.items()] + [(name, source, [piece]) for name, (source, piece) in heads.items()]
+    for name, there, each in sorted(places, key=lambda p: p[0]):
+        w = wide(model.finite(there))
+        yield each[0].module.weight if each[0].module.vocabulary else name, there, changed(model, adapter, each, w), w
 
 
 def stable_rank(d: Tensor, rounds: int = 100) -> float:

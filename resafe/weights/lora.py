@@ -5,13 +5,13 @@ Sums stack the factors: adding A to A and B to B, as is often done, makes cross 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError
 from resafe.models import base_of
-from resafe.weights._adapter import Adapter, Module
+from resafe.weights._adapter import PREFIX, STACKS, Adapter, Module, apart, apart_a
 from resafe.weights._merge import check_copies, merge_into
 from resafe.weights._shards import wide
 from resafe.weights.checkpoint import Checkpoint, same_weights
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "Factor", "Module", "adapter_of", "check_copies", "concat", "merge_into", "rescale", "truncated"]
 
-Factor = float | Callable[[Module], float]
+# A number or, for the experts of a stack, a tensor laid out as B; or what gives either for a module.
+Factor = float | Callable[[Module], Any]
 
 
 def adapter_of(tuned: Path, aligned: Path) -> Adapter:
@@ -82,47 +83,64 @@ def concat(
     tensors, sums = _copies(one, two), {}
     for name in sorted(one.modules.keys() | two.modules.keys()):
         terms = [(a, a.modules[name], _at(f, a.modules[name])) for a, f in zip((one, two), factors) if name in a.modules]
-        if terms := [t for t in terms if t[2]]:
+        if terms := [t for t in terms if (t[2] if isinstance(t[2], float | int) else bool(t[2].any()))]:
             sums[name] = _stack(terms)
     if not sums:
         raise ResafeError(f"nothing is left of the updates {one.folder} and {two.folder} with these factors: the sum is their base itself.")
     if rank:
         sums = _cut(sums, rank, log)
-    widest = max(len(a) for _, a in sums.values())
+    widest = max(a.shape[1] for _, a in sums.values())
+    kept = {name: (one if name in one.modules else two).modules[name] for name in sums}
     for name, (b, a) in sums.items():
-        module = (one if name in one.modules else two).modules[name]
-        tensors |= {module.b: _padded(b, (0, widest - b.shape[1])), module.a: _padded(a, (0, 0, 0, widest - len(a)))}
-    return write_adapter(one.folder, out, _config(one, list(sums), widest, base), tensors)
+        b, a = _padded(b, (0, widest - b.shape[2])), _padded(a, (0, 0, 0, widest - a.shape[1]))
+        side_a, side_b = _names(kept[name], kept)
+        tensors |= {side_b: b.permute(1, 2, 0).reshape(b.shape[1], -1).contiguous(), side_a: a.reshape(-1, a.shape[2]).contiguous()}
+    return write_adapter(one.folder, out, _config(one, kept, widest, base), tensors)
 
 
-def _at(factor: Factor, module: Module) -> float:
+def _at(factor: Factor, module: Module) -> float | Tensor:
     return factor(module) if callable(factor) else factor
 
 
-def _stack(terms: Sequence[tuple[Adapter, Module, float]]) -> tuple[Tensor, Tensor]:
-    """B (out, R) and A (R, in) of the sum of all terms, in float32."""
+def _stack(terms: Sequence[tuple[Adapter, Module, float | Tensor]]) -> tuple[Tensor, Tensor]:
+    """B (expert, out, R) and A (expert, R, in) of the sum of all terms, in float32; a plain weight is its only expert."""
     import torch
 
-    a = [wide(adapter.finite(m.a)).float() for adapter, m, _ in terms]
-    b = [factor * m.scale * wide(adapter.finite(m.b)).float() for adapter, m, factor in terms]
-    if len({(x.shape[1], y.shape[0]) for x, y in zip(a, b)}) > 1:
-        raise ResafeError(f"{terms[0][1].name} has different sizes in the two adapters: they are not of the same base.")
-    return torch.cat(b, 1), torch.cat(a, 0)
+    parts = []
+    for adapter, module, factor in terms:
+        b, a = adapter.factors(module)
+        parts.append((apart(module, (factor * module.scale * b).float()), apart_a(module, a.float())))
+    if len({(b.shape[0], b.shape[1], a.shape[2]) for b, a in parts}) > 1:
+        raise ResafeError(f"{terms[0][1].weight} has different sizes in the two adapters: they are not of the same base.")
+    return torch.cat([b for b, _ in parts], 2), torch.cat([a for _, a in parts], 1)
+
+
+def _names(module: Module, kept: Iterable[str]) -> tuple[str, str]:
+    """What PEFT calls A and B in an adapter of the weights `kept`: of several stacks of one module, the first is wrapped innermost."""
+    if module.experts is None:
+        return module.a, module.b
+    name, _, part = module.weight.rpartition(".")
+    outside = [p for p in STACKS[STACKS.index(part) + 1 :] if f"{name}.{p}" in kept]
+    where = PREFIX + name + ".base_layer" * len(outside)
+    return f"{where}.lora_A.weight", f"{where}.lora_B.weight"
 
 
 def _padded(x: Tensor, by: tuple[int, ...]) -> Tensor:
     import torch
 
-    return torch.nn.functional.pad(x, by).contiguous()
+    return torch.nn.functional.pad(x, by)
 
 
 def _cut(sums: Mapping[str, tuple[Tensor, Tensor]], rank: int, log: Callable[[str], None]) -> dict[str, tuple[Tensor, Tensor]]:
     """The best approximations of rank `rank`."""
+    import torch
+
     found, lost, whole = {}, dict[str, float](), 0.0
     for name, (b, a) in sums.items():
-        found[name], values = truncated(b, a, rank)
-        lost[name] = float(values[rank:].square().sum())
-        whole += float(values.square().sum())
+        cut = [truncated(*factors, rank) for factors in zip(b, a)]
+        found[name] = torch.stack([y for (y, _), _ in cut]), torch.stack([x for (_, x), _ in cut])
+        lost[name] = sum(float(values[rank:].square().sum()) for _, values in cut)
+        whole += sum(float(values.square().sum()) for _, values in cut)
     worst = max(lost, key=lambda n: lost[n])
     share = sum(lost.values()) / whole if whole else 0.0
     log(f"cut to rank {rank}: {100 * share:.2g} % of the update's squared norm is lost, most of it in {worst}" if share else f"cut to rank {rank}: nothing is lost")
@@ -142,7 +160,8 @@ def truncated(b: Tensor, a: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], T
     return (((left.Q @ u[:, :rank]) * root).to(b.dtype), (root[:, None] * (vh[:rank] @ right.Q.T)).to(a.dtype)), values
 
 
-def _config(adapter: Adapter, modules: list[str], rank: int, base: str | None) -> dict[str, Any]:
+def _config(adapter: Adapter, kept: Mapping[str, Module], rank: int, base: str | None) -> dict[str, Any]:
+    parameters = [name for name, module in kept.items() if module.parameter]
     config = {
         **adapter.config,
         "r": rank,
@@ -150,7 +169,8 @@ def _config(adapter: Adapter, modules: list[str], rank: int, base: str | None) -
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "target_modules": modules,
+        "target_modules": [name.removesuffix(".weight") for name in kept if name not in parameters],
+        "target_parameters": parameters or None,
         "init_lora_weights": True,
     }
     # Each narrows target_modules further, or describes how the first adapter was started.
@@ -168,6 +188,8 @@ def _check_same_base(one: Adapter, two: Adapter, base: str | None) -> None:
         raise ResafeError(f"{one.folder} and {two.folder} have different bases: {bases[0]} and {bases[1]}.")
     if bool(one.config.get("fan_in_fan_out")) != bool(two.config.get("fan_in_fan_out")):
         raise ResafeError(f"{one.folder} and {two.folder} disagree on fan_in_fan_out: they are not of the same base.")
+    if other := [n for n in one.modules.keys() & two.modules.keys() if one.modules[n].experts != two.modules[n].experts]:
+        raise ResafeError(f"{one.folder} and {two.folder} have different numbers of experts in {min(other)}: they are not of the same base.")
 
 
 def _copies(one: Adapter, two: Adapter) -> dict[str, Tensor]:

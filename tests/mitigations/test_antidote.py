@@ -77,8 +77,9 @@ def test_the_other_form_takes_the_update_back_and_spares_benign_entries(kind: st
         assert torch.equal(out[name], torch.where(brute(w - v, x[name], 0.4) & ~spared, v, w)), name
 
 
-def test_a_lora_is_merged_into_its_own_base_first(aligned: Path, tmp_path: Path) -> None:
-    before, tuned = pair("llama", tmp_path, aligned, lora=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_is_merged_into_its_own_base_first(kind: str, aligned: Path, tmp_path: Path) -> None:
+    before, tuned = pair(kind, tmp_path, aligned, lora=True)
     merged = merge_into(before, tuned, tmp_path / "merged")
     full = repaired("antidote", before, merged, tmp_path / "full")
     mitigation = make("antidote").mitigation

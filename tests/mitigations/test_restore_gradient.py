@@ -150,8 +150,9 @@ def test_a_rate_of_0_changes_nothing(aligned: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(repaired("restore_gradient:rate=0,rounds=1", before, tuned, tmp_path / "out")), logits(tuned))
 
 
-def test_a_lora_is_merged_first(aligned: Path, tmp_path: Path) -> None:
-    before, tuned = pair("llama", tmp_path, aligned, lora=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_is_merged_first(kind: str, aligned: Path, tmp_path: Path) -> None:
+    before, tuned = pair(kind, tmp_path, aligned, lora=True)
     merged = merge_into(before, tuned, tmp_path / "merged")
     out = repaired("restore_gradient:rounds=2", before, tuned, tmp_path / "out")
     full = repaired("restore_gradient:rounds=2", before, merged, tmp_path / "full")

@@ -124,8 +124,9 @@ def test_no_budget_is_the_aligned_model_and_all_of_it_the_fine_tuned_one(kind: s
     assert all(torch.equal(back[n], a[n]) and torch.equal(same[n], f[n]) for n in f)
 
 
-def test_a_lora_is_merged_first(aligned: Path, tmp_path: Path) -> None:
-    before, tuned = pair("llama", tmp_path, aligned, lora=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_is_merged_first(kind: str, aligned: Path, tmp_path: Path) -> None:
+    before, tuned = pair(kind, tmp_path, aligned, lora=True)
     merged = merge_into(before, tuned, tmp_path / "merged")
     out = repaired("safe_delta:strength=3000", before, tuned, tmp_path / "out")
     full = repaired("safe_delta:strength=3000", before, merged, tmp_path / "full")

@@ -58,8 +58,10 @@ def build(kind: str, folder: Path, seed: int, dtype: torch.dtype = torch.float32
 
 
 def adapt(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
-    """Save a LoRA adapter of `base` with random A and B."""
+    """Save a LoRA adapter of `base` with random A and B; unless told, also of its experts and router."""
     model = load(base)
+    if "target_modules" not in settings and model.config.model_type in EXPERTS:
+        settings.setdefault("target_parameters", ["experts.gate_up_proj", "experts.down_proj", "gate.weight", "router.weight"])
     settings.setdefault("target_modules", TARGETS.get(model.config.model_type, ["q_proj", "v_proj", "down_proj"]))
     torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, **settings}))

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from resafe.errors import ResafeError
 from resafe.mitigation import Run
 from resafe.mitigations import make
 from resafe.weights import merge_into
-from tests.weights.models import EXPERTS, IDS, adapt, build, load, loaded_with, logits, rewrite, tensors
+from tests.weights.models import EXPERTS, IDS, adapt, build, loaded_with, logits, rewrite, tensors
 
 LAYOUTS = [(kind, stacked) for kind in EXPERTS for stacked in (False, True)]
 IN_OUT = ("gpt_oss",)  # whose stacked experts are (expert, in, out)
@@ -108,14 +107,6 @@ def test_a_lora_of_its_attention_is_scaled_projected_and_merged(trio: tuple[str,
         thin = make(spec).mitigation.repair(Run(output=tmp_path / name, tuned=adapter, aligned=aligned, base=base))
         full = make(spec).mitigation.repair(Run(output=tmp_path / f"{name}-full", tuned=merged, aligned=aligned, base=base))
         torch.testing.assert_close(logits(thin, aligned), logits(full), atol=1e-4, rtol=1e-4)
-
-
-def test_a_lora_of_stacked_experts_is_refused_with_a_reason(tmp_path: Path) -> None:
-    aligned = build("mixtral", tmp_path / "aligned", 1)
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
-    get_peft_model(load(aligned), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ResafeError, match="target_parameters.*merge it into its base with PEFT first"):
-        make("restore_weights").mitigation.repair(Run(output=tmp_path / "out", tuned=tmp_path / "adapter", aligned=aligned))
 
 
 @pytest.mark.parametrize("stacked_side", ["tuned", "aligned"])

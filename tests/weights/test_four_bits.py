@@ -48,7 +48,7 @@ def test_an_adapter_on_packed_weights_is_repaired_by_the_formula_and_runs_on_the
     for name, module in one.modules.items():
         d, o = one.delta(module).double(), two.delta(two.modules[name]).double()
         if method == "safe_lora":
-            u = torch.linalg.svd((a[f"{name}.weight"] - b[f"{name}.weight"]).double(), full_matrices=False).U[:, :3]
+            u = torch.linalg.svd((a[name] - b[name]).double(), full_matrices=False).U[:, :3]
             wanted = u @ u.T @ d
         else:
             wanted = {"safe_merge": 0.7 * d + 0.3 * o, "resta": d - 0.3 * o, "restore_weights": 0.7 * d}[method]
