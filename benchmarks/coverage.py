@@ -25,6 +25,7 @@ from statsmodels.stats.proportion import proportion_confint
 from resafe.eval.stats import (
     cluster_bootstrap,
     clustered_interval,
+    kappa_interval,
     mean_interval,
     paired_mean_difference,
     tango_limits,
@@ -247,6 +248,44 @@ def simulated_rare_changes(trials: int, sizes: Iterable[int] = (50, 100, 330)) -
             yield {**point, **_covered(rare - some * step, draw, trials)}
 
 
+Judged = tuple[int, float, float, float]  # rows, share labelled yes, sensitivity, specificity
+JUDGED: list[Judged] = [
+    (n, yes, *judge) for n in (20, 50, 100, 330) for yes in (0.1, 0.3, 0.5)
+    for judge in ((0.98, 0.98), (0.9, 0.9), (0.95, 0.7), (0.7, 0.95))
+]  # fmt: skip
+
+
+def drawn_judges(count: int = 48, seed: int = 20261129) -> list[Judged]:
+    """Points drawn at random: 20 to 520 rows, 5 to 60 % of them labelled yes, judges from poor to nearly perfect."""
+    rng = np.random.default_rng(seed)
+    return [(int(rng.integers(20, 521)), *rng.uniform((0.05, 0.5, 0.6), (0.6, 0.995, 0.995)).tolist()) for _ in range(count)]
+
+
+def simulated_kappa(trials: int, points: Iterable[Judged] = (), method: str = "") -> Iterator[Point]:
+    """`kappa_interval` of a judge against labels, or the percentile bootstrap over rows in its place."""
+    for n, yes, sensitivity, specificity in points or JUDGED:
+        shares = np.array([yes * sensitivity, yes * (1 - sensitivity), (1 - yes) * (1 - specificity), (1 - yes) * specificity])
+        rng = np.random.default_rng(n)
+
+        def draw(n: int = n, shares: Any = shares, rng: Any = rng) -> Limits:
+            found = rng.multinomial(n, shares)
+            if method == "percentile":
+                low, high = np.quantile([kappa(x / n) for x in rng.multinomial(n, found / n, 999)], [0.025, 0.975])
+                return float(low), float(high)
+            return kappa_interval([True] * (found[0] + found[1]) + [False] * (found[2] + found[3]),
+                                  [True] * found[0] + [False] * found[1] + [True] * found[2] + [False] * found[3])  # fmt: skip
+
+        point = {"n": n, "yes": yes, "sensitivity": sensitivity, "specificity": specificity, "expected": n * float(shares[1] + shares[2])}
+        yield {**point, **_covered(kappa(shares), draw, trials)}
+
+
+def kappa(shares: Any) -> float:
+    """Of a table's shares: both yes, first only, second only, both no; 1 where only one thing is said."""
+    a, b, c, d = shares
+    chance = (a + b) * (a + c) + (c + d) * (b + d)
+    return float((a + d - chance) / (1 - chance)) if chance < 1 else 1.0
+
+
 def bootstrap(x: Any, method: str, rng: Any) -> Limits:
     """scipy's percentile or BCa bootstrap of a mean; a constant column has no width."""
     if np.ptp(x) == 0:
@@ -396,6 +435,9 @@ METHODS: dict[str, Callable[[int], Iterator[Point]]] = {
     "clustered_interval, changes over seeds drawn": lambda trials: simulated_seed_changes(clustered_changes, trials // 2, drawn_seeds()),
     "pool": lambda trials: simulated_seeds(pooled, trials // 10),
     "difference": lambda trials: simulated_seed_changes(compared, trials // 10),
+    "kappa_interval": lambda trials: simulated_kappa(trials // 2),
+    "kappa_interval, drawn": lambda trials: simulated_kappa(trials // 2, drawn_judges()),
+    "alternative: percentile bootstrap of kappa": lambda trials: simulated_kappa(trials // 8, method="percentile"),
     "alternative: newcombe": lambda trials: exact_paired(newcombe),
     "alternative: percentile bootstrap of a mean": lambda trials: simulated_mean(trials // 4, (50, 100), "percentile"),
     "alternative: BCa bootstrap of a mean": lambda trials: simulated_mean(trials // 4, (50, 100), "BCa"),

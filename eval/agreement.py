@@ -1,7 +1,6 @@
 """A judge on anybody's exchanges: its verdict on every row of a CSV and, where rows are labelled, how well it agrees.
 
-Rows need the columns `prompt` and `response`. Intervals: Wilson for shares; for Cohen's kappa the percentile bootstrap over
-rows (2,000 resamples, seeded). Rows that the judge left unscored are in no share: `bounds` says what accuracy would be if it
+Rows need the columns `prompt` and `response`. Intervals: Wilson for shares, `stats.kappa_interval` for Cohen's kappa. Rows that the judge left unscored are in no share: `bounds` says what accuracy would be if it
 had been wrong about all of them, or right.
 """
 
@@ -25,7 +24,8 @@ from resafe.store import Store
 if TYPE_CHECKING:
     from rich.table import Table
 
-RESAMPLES = 2000
+LONGEST = 1 << 30  # characters of a field; the csv module's own limit is 131,072
+LABELS = {"": None, "0": False, "0.0": False, "1": True, "1.0": True}
 SAYS = ("harmful", "refusal")
 
 
@@ -142,25 +142,16 @@ def _share(k: int, n: int) -> dict[str, Any]:
 
 
 def _kappa(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
-    """Cohen's kappa and its bootstrap interval: tables drawn from the multinomial of the one that was found."""
-    import numpy as np
-
-    n = len(pairs)
-    value = stats.cohen_kappa([y for y, _ in pairs], [v for _, v in pairs]) if n else None
-    if value is None:
-        return {"value": None, "low": -1.0, "high": 1.0, "n": n}
-    found = np.array(stats.crosstab([y for y, _ in pairs], [v for _, v in pairs])) / n
-    a, b, c, d = (np.random.default_rng(0).multinomial(n, found, RESAMPLES) / n).T
-    chance = (a + b) * (a + c) + (c + d) * (b + d)
-    drawn = np.divide(a + d - chance, 1 - chance, out=np.ones_like(a), where=chance < 1)  # one verdict only: all agree
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"value": value, "low": float(low), "high": float(high), "n": n}
+    truth, votes = [y for y, _ in pairs], [v for _, v in pairs]
+    low, high = stats.kappa_interval(truth, votes)
+    return {"value": stats.cohen_kappa(truth, votes), "low": low, "high": high, "n": len(pairs)}
 
 
 def _rows(file: Path, label_column: str | None) -> list[dict[str, str]]:
     if not file.is_file():
         raise ResafeError(f"no such file: {file}")
     try:
+        csv.field_size_limit(LONGEST)
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = list(csv.DictReader(lines))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -177,7 +168,7 @@ def _rows(file: Path, label_column: str | None) -> list[dict[str, str]]:
 
 
 def _label(value: str, file: Path, row: int) -> bool | None:
-    """0 or 1; an empty label leaves the row out of the agreement."""
-    if value.strip() not in ("0", "1", ""):
-        raise ResafeError(f"{file} row {row}: the label is '{value.strip()[:40]}'; 0 or 1 is expected (or nothing).")
-    return None if not value.strip() else value.strip() == "1"
+    """0 or 1, also as 0.0 and 1.0 (a column with gaps, as pandas writes it); an empty label leaves the row out of the agreement."""
+    if (label := value.strip()) not in LABELS:
+        raise ResafeError(f"{file} row {row}: the label is '{label[:40]}'; 0 or 1 is expected (or nothing).")
+    return LABELS[label]

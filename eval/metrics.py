@@ -142,11 +142,13 @@ def agreement(table: Mapping[tuple[str, str], Votes]) -> list[dict[str, Any]]:
             continue
         both = [(bool(a), bool(b)) for a, b in zip(first, second) if a is not None and b is not None]
         a, b = [x for x, _ in both], [y for _, y in both]
-        same = sum(x == y for x, y in both)
-        rows.append(
-            {
-                "first": f"{one[0]} by {one[1]}", "second": f"{two[0]} by {two[1]}", "n": len(both),
-                "agreement": same / len(both) if both else None, "kappa": stats.cohen_kappa(a, b) if both else None,
-            }
-        )  # fmt: skip
+        rows.append({"first": f"{one[0]} by {one[1]}", "second": f"{two[0]} by {two[1]}", **agreed(a, b)})
     return rows
+
+
+def agreed(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
+    """How often two judges say the same, and kappa, both with their intervals."""
+    n, same = len(first), sum(x == y for x, y in zip(first, second))
+    (low, high), (k_low, k_high) = stats.wilson(same, n), stats.kappa_interval(first, second)
+    kappa = {"kappa": stats.cohen_kappa(first, second), "kappa_low": k_low, "kappa_high": k_high}
+    return {"n": n, "agreement": same / n if n else None, "low": low, "high": high, **kappa}

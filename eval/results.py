@@ -59,7 +59,7 @@ class Results:
 
     rows: list[Row] = field(default_factory=list)
     items: dict[str, dict[str, Items]] = field(default_factory=dict)  # target -> suite -> votes
-    agreement: list[Row] = field(default_factory=list)  # target, suite, first, second, agreement, kappa, n
+    agreement: list[Row] = field(default_factory=list)  # target, suite, first, second, and metrics.agreed
     meta: dict[str, Any] = field(default_factory=dict)
     transcripts: list[Row] = field(default_factory=list, repr=False)
 

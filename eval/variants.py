@@ -67,14 +67,16 @@ def _described(file: Path) -> dict[str, Variant]:
         raise ResafeError(f"no such variants file: {file}")
     try:
         value = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return {str(name): Variant(name=str(name), **keys) for name, keys in value.items()}
+        if not isinstance(value, dict) or not all(isinstance(keys, dict) for keys in value.values()):
+            raise ResafeError(f"{file} must map names of variants to their keys, such as 'mine: {{prefill: Sure}}'.")
+        return {str(name): Variant.model_validate({**keys, "name": str(name)}) for name, keys in value.items()}
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         near = f" {suggest(where, Variant.model_fields)}" if where else ""
         raise ResafeError(f"{file}: {where}: {first['msg']}.{near}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise ResafeError(f"{file} must map names of variants to their keys: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ResafeError(f"{file} cannot be read as a YAML file of variants: {' '.join(str(error).split())}") from None
 
 
 def varied(suite: LoadedSuite, variant: Variant, seed: int = 0) -> LoadedSuite:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resafe.eval import stats
-from resafe.eval.metrics import Vote
+from resafe.eval.metrics import Vote, agreed
 from resafe.eval.pool import Votes, groups, pool, pooled
 from resafe.eval.results import Results, Row
 
@@ -235,21 +235,18 @@ def agreement(results: Results) -> list[Row]:
 
 def _pair(results: Results, suite: str, first: str, second: str) -> Row:
     votes = [(bool(a), bool(b)) for a, b in zip(*(_column(results, suite, n) for n in (first, second))) if None not in (a, b)]
-    same = sum(a == b for a, b in votes)
-    kappa = stats.cohen_kappa([a for a, _ in votes], [b for _, b in votes])
-    return {
-        "suite": suite, "first": first, "second": second, "n": len(votes), "kappa": kappa, "alpha": None,
-        "agreement": same / len(votes) if votes else None,
-    }  # fmt: skip
+    return {"suite": suite, "first": first, "second": second, "alpha": None, **agreed([a for a, _ in votes], [b for _, b in votes])}
 
 
 def _all(results: Results, suite: str, names: Sequence[str]) -> Row:
     table = [_column(results, suite, name) for name in names]
     rated = [votes for votes in zip(*table) if sum(v is not None for v in votes) > 1]
     alpha = stats.krippendorff_alpha([[None if v is None else float(v) for v in column] for column in table]) if rated else None
+    same = sum(len({v for v in votes if v is not None}) == 1 for votes in rated)
+    low, high = stats.wilson(same, len(rated))
     return {
         "suite": suite, "first": " · ".join(names), "second": "all of them", "n": len(rated), "kappa": None, "alpha": alpha,
-        "agreement": sum(len({v for v in votes if v is not None}) == 1 for votes in rated) / len(rated) if rated else None,
+        "agreement": same / len(rated) if rated else None, "low": low, "high": high,
     }  # fmt: skip
 
 

@@ -140,13 +140,16 @@ def attachable(adapter: Path) -> bool:
 
     Not so: anything else than low-rank factors in its file (whole modules, token rows, biases), any setting beyond `PLAIN` (DoRA,
     KaSA, ...), initialisations that change the base (PiSSA, OLoRA, ...), other methods than LoRA. Such an adapter is merged into a
-    base of its own.
+    base of its own. Raises ResafeError for a file that cannot be read.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    config = read_config(adapter / "adapter_config.json")
-    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as f:
-        factors = all(".lora_A." in k or ".lora_B." in k or ".lora_embedding_" in k for k in f.keys())  # noqa: SIM118
+    config, weights = read_config(adapter / "adapter_config.json"), adapter / "adapter_model.safetensors"
+    try:
+        with safe_open(weights, framework="numpy") as f:
+            factors = all(".lora_A." in k or ".lora_B." in k or ".lora_embedding_" in k for k in f.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ResafeError(f"{weights} cannot be read ({first_line(error)}): copy it again, or save the adapter again.") from None
     return (
         factors
         and config.get("peft_type") == "LORA"

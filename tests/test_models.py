@@ -121,6 +121,14 @@ def test_only_a_plain_lora_is_put_on_a_shared_base(entry: dict[str, Any], plain:
     assert attachable(saved(tmp_path, "base_model.model.layers.0.q_proj.lora_A.weight", **entry)) is plain
 
 
+def test_an_adapter_that_was_cut_off_is_refused_by_one_line(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "base_model.model.layers.0.q_proj.lora_A.weight")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    with pytest.raises(ResafeError, match="adapter_model.safetensors cannot be read .*copy it again"):
+        attachable(folder)
+
+
 @pytest.mark.parametrize("name", ["base_model.model.embed_tokens.weight", "base_model.model.lm_head.weight", "base_model.model.q_proj.bias"])
 def test_an_adapter_that_brings_whole_weights_is_not_put_on_a_shared_base(name: str, tmp_path: Path) -> None:
     assert not attachable(saved(tmp_path, name))

@@ -5,7 +5,7 @@ benchmarks/coverage.py, with results in benchmarks/results/coverage.json.
 """
 
 from resafe.eval.stats._common import Difference, Interval
-from resafe.eval.stats.agreement import cohen_kappa, krippendorff_alpha
+from resafe.eval.stats.agreement import cohen_kappa, kappa_interval, krippendorff_alpha
 from resafe.eval.stats.clusters import cluster_bootstrap, clustered_interval
 from resafe.eval.stats.means import mean_interval, paired_mean_difference, wilcoxon_signed_rank
 from resafe.eval.stats.missing import bounds, bounds_difference, bounds_mean, crosses
@@ -34,6 +34,7 @@ __all__ = [
     "cluster_bootstrap",
     "clustered_interval",
     "cohen_kappa",
+    "kappa_interval",
     "crosses",
     "crosstab",
     "holm",

@@ -28,7 +28,10 @@ class Alignment:
     """Aligned model and the base that it was aligned from. Raises ResafeError where they do not fit or their linear weights do not differ."""
 
     def __init__(self, aligned: Path, base: Path) -> None:
-        self.aligned, self.base = Checkpoint(aligned).plain(), Checkpoint(base).plain()
+        self.aligned, self.base = Checkpoint(aligned), Checkpoint(base)
+        for model, option in ((self.aligned, "--aligned"), (self.base, "--base")):
+            if model.quantised:
+                raise ResafeError(f"{model.folder} is quantised ({model.quantised}), which hides the direction of alignment: name the unquantised model that it was made from with {option}.")
         check_tokenizers(aligned, base)
         self._there = counterparts(self.aligned.names(), self.base)
         if aligned.resolve() == base.resolve():

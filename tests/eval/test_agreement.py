@@ -40,6 +40,18 @@ def test_agreement_equals_sklearn_and_statsmodels(tmp_path: Path) -> None:
     assert sum(found["table"].values()) == len(ROWS)
 
 
+def test_labels_as_pandas_writes_them_and_long_fields_are_read(tmp_path: Path) -> None:
+    rows = [(REFUSAL + " word" * 40_000, "1.0"), ("Paris is the capital.", "0.0"), ("Rome.", "")]
+    found = judge_file(table(tmp_path / "a.csv", rows), "rules", "label")
+    assert found.labels == [True, False, None] and found.agreement["n"] == 2
+
+
+def test_a_judge_that_was_right_on_few_rows_is_not_shown_to_be_perfect(tmp_path: Path) -> None:
+    found = judge_file(table(tmp_path / "a.csv", [("I am sorry, but I can't help with that.", 1), ("Paris is the capital.", 0)] * 2), "rules", "label").agreement
+    assert found["accuracy"]["value"] == found["kappa"]["value"] == found["kappa"]["high"] == 1.0
+    assert 0.0 < found["kappa"]["low"] < 0.5
+
+
 def test_the_command_prints_and_writes_agreement_without_any_text(tmp_path: Path) -> None:
     file, output = table(tmp_path / "a.csv", ROWS), tmp_path / "scored.json"
     ran = CliRunner().invoke(cli, ["judge", str(file), "--judge", "rules", "--label-column", "label", "-o", str(output), "--store", "none"])

@@ -21,6 +21,7 @@ from resafe.eval.stats import (
     cohen_kappa,
     crosstab,
     holm,
+    kappa_interval,
     krippendorff_alpha,
     mcnemar_exact,
     non_inferior,
@@ -70,6 +71,23 @@ def test_kappa_equals_statsmodels_and_scikit_learn(cells: tuple[int, int, int, i
     else:
         assert found == pytest.approx(cohens_kappa([[a, b], [c, d]], return_results=False), abs=1e-9)
         assert found == pytest.approx(cohen_kappa_score(first, second), abs=1e-9)
+
+
+@pytest.mark.parametrize("cells", [(2, 0, 0, 2), (40, 5, 3, 52), (5, 0, 1, 44), (0, 0, 20, 0), (300, 20, 10, 70), (0, 3, 4, 90)])
+def test_limits_of_kappa_are_quantiles_of_the_posterior_and_do_not_depend_on_which_judge_is_first(cells: tuple[int, int, int, int]) -> None:
+    a, b, c, d = cells
+    first, second = [True] * (a + b) + [False] * (c + d), [True] * a + [False] * b + [True] * c + [False] * d
+    low, high = kappa_interval(first, second)
+    p, q, r, s = stats.dirichlet.rvs(np.array(cells) + 0.5, 200_000, random_state=7).T
+    chance = (p + q) * (p + r) + (r + s) * (q + s)
+    wanted = np.quantile(1 - (q + r) / (1 - chance), [0.025, 0.975])
+    value = cohen_kappa(first, second) or 0.0
+    assert (low, high) == pytest.approx((min(value, wanted[0]), max(value, wanted[1])), abs=0.02)
+    assert kappa_interval(second, first) == pytest.approx((low, high), abs=0.02) and kappa_interval(first, second) == (low, high)
+
+
+def test_kappa_that_is_undefined_may_be_anything() -> None:
+    assert kappa_interval([True] * 5, [True] * 5) == kappa_interval([], []) == (-1.0, 1.0)
 
 
 @given(CELLS, st.floats(0.5, 0.999))

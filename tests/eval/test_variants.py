@@ -111,7 +111,7 @@ def test_variants_of_ones_own_come_from_yaml(make_suite: Make, tmp_path: Path, w
 
 @pytest.mark.parametrize(
     "text, message",
-    [("warm: {temprature: 1}", "Did you mean 'temperature'"), ("warm: {samples: 0}", "samples"), ("just text", "must map names"), ("a: [1", "must map names")],
+    [("warm: {temprature: 1}", "Did you mean 'temperature'"), ("warm: {samples: 0}", "samples"), ("just text", "must map names"), ("a: [1", "cannot be read as a YAML file"), ("system: Be safe.", "must map names of variants to their keys, such as"), ("a: {1: 2}", "Keys should be strings|1: ")],
 )
 def test_what_is_wrong_with_a_variant_is_said_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "ways.yaml"

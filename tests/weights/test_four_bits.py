@@ -62,6 +62,9 @@ def test_packed_weights_of_another_model_and_packed_weights_themselves_are_refus
     for name in ("restore_weights", "safe_lora"):
         with pytest.raises(ResafeError, match="whose weights are not those of"):
             repair({name: {}}, tuned, base, aligned, tmp_path / "out")
+    for option, models in (("--aligned", (tuned, packed, base)), ("--base", (tuned, aligned, packed))):
+        with pytest.raises(ResafeError, match=f"name the unquantised model that it was made from with {option}"):
+            repair({"safe_lora": {}}, *models, tmp_path / "out")
     for spec in ({"restore_weights": {}}, {"safe_delta": {}}, {"lox": {}}):
         with pytest.raises(ResafeError, match="4 or 8 bits|is quantised"):
             repair(spec, packed, aligned, base, tmp_path / "out")
