@@ -67,9 +67,11 @@ def _of_adapter(alignment: Alignment, tuned: Path, operator: Operator, score: Ca
         for piece in each:
             if (v := directions.get(piece.which)) is None:
                 continue
-            made = operator(v)
             b, a = adapter.factors(piece.module)
             b, a = piece.b(b).to(v.dtype), piece.a(a).to(v.dtype)
+            if (b.shape[0], a.shape[1]) != v.shape:
+                raise ResafeError(f"{name} has shape {list(v.shape)} in {alignment.aligned.folder} and {[b.shape[0], a.shape[1]]} in {tuned}: the adapter is of another model.")
+            made = operator(v)
             at = cosine(made.apply(b), b, a)
             found.append(Decision(name + piece.which, score(made, at), at))
     return found
@@ -150,10 +152,13 @@ def edited(operator: Any, x: Tensor) -> Tensor:
 
 def adapted(adapter: Adapter, alignment: Alignment) -> dict[str, list[Piece]]:
     """What the adapter changes of each linear weight of the aligned model, joined by name; embeddings are left out."""
-    from resafe.weights._pieces import pieces
+    from resafe.weights._pieces import STACKED_IN_OUT, TURNED, stored_pieces
 
-    matrices = set(alignment.matrices())
-    return {name: each for name, each in sorted(pieces(adapter.modules, alignment.aligned.names()).items()) if name in matrices}
+    matrices, kind = set(alignment.matrices()), alignment.aligned.config.get("model_type")
+    found = {name: each for name, each in sorted(stored_pieces(alignment.aligned, adapter)[0].items()) if name in matrices}
+    if kind in STACKED_IN_OUT and kind not in TURNED and any(piece.module.experts for each in found.values() for piece in each):
+        raise ResafeError(f"{adapter.folder}: PEFT adapts the experts of {kind} from the side of their inputs, which cannot be projected: merge it into {alignment.aligned.folder} and repair the full checkpoint.")
+    return found
 
 
 def _recorded(folder: Path, file: str, about: Mapping[str, Any]) -> Path:

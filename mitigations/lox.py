@@ -16,6 +16,7 @@ from pydantic import Field
 
 from resafe.files import check_free
 from resafe.mitigation import Mitigation, Needs, Run
+from resafe.mitigations._calibrated import as_full
 from resafe.mitigations._updates import fingerprints
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 
 class Lox(Mitigation):
-    """Full checkpoints only: an extrapolated weight is no adapter of the old one."""
+    """Writes a full checkpoint: a LoRA is merged into its base first, since weights that it does not adapt move too."""
 
-    needs: ClassVar[Needs] = Needs(base=True, aligned=True, lora=False, quantised=False)
+    needs: ClassVar[Needs] = Needs(base=True, aligned=True, quantised=False, makes_full=True)
     dose: ClassVar[tuple[str, tuple[float, ...]]] = ("strength", (0.1, 0.25, 0.5, 0.75, 1.0, 1.25))
 
     rank: int = Field(6, ge=0, description="k, directions per weight; 0 takes all of them")
@@ -42,7 +43,6 @@ class Lox(Mitigation):
         check_free(run.output)
         tuned, aligned, base = fingerprints(run, "lox")
         alignment = Alignment(aligned, base)
-        pair = Pair(Checkpoint(tuned), alignment.aligned, run.log)
         matrices = set(alignment.matrices())
 
         def rule(twin: Twin, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -51,4 +51,6 @@ class Lox(Mitigation):
             step = self.strength * (low_rank(v, self.rank) if self.rank else v)
             return ours + (step.T if alignment.turned(twin.aligned) else step)
 
-        return write_checkpoint(tuned, run.output, pair.edit(rule), config=pair.config)
+        with as_full(run, "lox", tuned, aligned) as full:
+            pair = Pair(Checkpoint(full), alignment.aligned, run.log)
+            return write_checkpoint(full, run.output, pair.edit(rule), config=pair.config)

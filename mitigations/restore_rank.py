@@ -76,17 +76,19 @@ class RestoreRank(Mitigation):
     def _adapter(self, run: Run, tuned: Path, aligned: Path) -> Path:
         """D = s B A, so that D - strength P D = s (B - strength P B) A."""
         from resafe.weights import Checkpoint, wide, write_adapter
-        from resafe.weights._pieces import pieces
+        from resafe.weights._pieces import stored_pieces
 
         adapter, model = adapter_of(tuned, aligned), Checkpoint(aligned).plain()
         known = self._known(run, aligned, model)
         tensors = {name: adapter.finite(name) for name in adapter.names()}
-        found = {there: each for there, each in pieces(adapter.modules, model.names()).items() if there in known.layers}
+        found = {there: each for there, each in stored_pieces(model, adapter)[0].items() if there in known.layers}
         if not found:
             raise ResafeError(f"restore_rank: {tuned} adapts no linear layer, such as {min(adapter.modules)}: there is nothing that it could restore.")
         for there, each in found.items():
             for piece, (place, (w,)) in zip(each, known.layers.each(there, wide(model.finite(there))), strict=True):
                 b = piece.b(tensors[piece.module.b])
+                if len(b) != len(w):
+                    raise ResafeError(f"restore_rank: {place.name} has {len(w)} outputs in {aligned} and {len(b)} in {tuned}: the adapter is of another model.")
                 b.copy_(wide(b) - self.strength * self._projected(known, place.name, w, wide(b)))
         config = {**adapter.config, "base_model_name_or_path": str(base_of(tuned).absolute())}
         return write_adapter(tuned, run.output, config, tensors)

@@ -10,7 +10,7 @@ kept in the cache. Ranks and target modules of the two may differ. The paper has
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -89,29 +89,29 @@ class SafeMerge(Leaving):
         ours, theirs, home = adapter_of(tuned, aligned), adapter_of(safe, aligned), str(base_of(tuned).absolute())
         if not chosen:
             return rescale(ours, 1.0, run.output, home)
-        merged: dict[str, list[Piece]] = {}
-        for stored, each in adapted(ours, Alignment(aligned, base)).items():
-            for piece in each:
-                if stored + piece.which in chosen:
-                    merged.setdefault(piece.module.weight, []).append(piece)
+        alignment = Alignment(aligned, base)
 
-        def share(adapter: Adapter, module: Module, there: float, elsewhere: float) -> float | Tensor:
+        def share(adapter: Adapter, there: float, elsewhere: float) -> Callable[[Module], float | Tensor]:
             """`there` in the matrices that are merged, else `elsewhere`: of a stack, expert by expert."""
-            each = merged.get(module.weight, [])
-            if module.experts is None:
-                return there if each else elsewhere
-            found = torch.full(adapter.shape(module.b), elsewhere, dtype=torch.float64)
-            for piece in each:
-                replace(piece, module=module).b(found).fill_(there)
-            return found
+            merged: dict[str, list[Piece]] = {}
+            for stored, each in adapted(adapter, alignment).items():
+                for piece in each:
+                    if stored + piece.which in chosen:
+                        merged.setdefault(piece.module.weight, []).append(piece)
 
-        def mine(module: Module) -> float | Tensor:
-            return share(ours, module, 1 - self.strength, 1.0)
+            def of(module: Module) -> float | Tensor:
+                each = merged.get(module.weight, [])
+                if module.experts is None:
+                    return there if each else elsewhere
+                found = torch.full(adapter.shape(module.b), elsewhere, dtype=torch.float64)
+                for piece in each:
+                    piece.b(found).fill_(there)
+                return found
 
-        def other(module: Module) -> float | Tensor:
-            return share(theirs, module, self.strength, 0.0)
+            return of
 
-        return concat(ours, theirs, run.output, home, (mine, other), self.max_rank, run.log)
+        factors = share(ours, 1 - self.strength, 1.0), share(theirs, self.strength, 0.0)
+        return concat(ours, theirs, run.output, home, factors, self.max_rank, run.log)
 
     def _checkpoint(self, run: Run, tuned: Path, aligned: Path, base: Path, safe: Path, chosen: set[str]) -> Path:
         from resafe.weights import Checkpoint, Pair, write_checkpoint

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,7 @@ class Adapter(Shards):
             raise ResafeError(f"{folder} holds pickled weights, which can run code: save the adapter as safetensors first.")
         super().__init__([weights])
         self.modules = self._modules()
+        self._recent = lru_cache(maxsize=2)(self._factors)
 
     def _modules(self) -> dict[str, Module]:
         """By the name of the weight."""
@@ -140,7 +142,13 @@ class Adapter(Shards):
         return plain if is_vocabulary(plain) else None
 
     def factors(self, module: Module) -> tuple[Tensor, Tensor]:
-        """B and A as they are stored, in wide floats."""
+        """B and A as they are stored, in wide floats; to be read only.
+
+        Those of the last two stacks stay in memory: whoever goes from expert to expert asks for them again and again.
+        """
+        return self._factors(module) if module.experts is None else self._recent(module)
+
+    def _factors(self, module: Module) -> tuple[Tensor, Tensor]:
         return wide(self.finite(module.b)), wide(self.finite(module.a))
 
     def delta(self, module: Module) -> Tensor:
@@ -154,7 +162,7 @@ class Adapter(Shards):
 
 def unwrapped(name: str) -> str:
     """A module's (or tensor's) name without what PEFT's wrappers put into it."""
-    return f"{name}.".replace(".base_layer.", ".").removesuffix(".")
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)
 
 
 def apart(module: Module, b: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from resafe.errors import ResafeError
 from resafe.weights._adapter import Adapter
 from resafe.weights._parts import Part, copied
-from resafe.weights._pieces import CONV1D, Piece, adapted, changed, pieces
+from resafe.weights._pieces import CONV1D, Piece, changed, stored_pieces
 from resafe.weights._shards import stored, wide
-from resafe.weights.checkpoint import Checkpoint, is_head
+from resafe.weights.checkpoint import Checkpoint
 from resafe.weights.names import counterparts
 from resafe.weights.writer import SHARD_BYTES, write_checkpoint
 
@@ -42,21 +42,6 @@ def _places(model: Checkpoint, update: Adapter) -> tuple[dict[str, tuple[str, li
     for name, (source, piece) in heads.items():
         places[name] = (source, [piece])
     return places, {"tie_word_embeddings": False} if untied else {}
-
-
-def stored_pieces(model: Checkpoint, update: Adapter) -> tuple[dict[str, list[Piece]], dict[str, tuple[str, Piece]]]:
-    """What `update` changes of each tensor of its base; and heads that it adapts and the base leaves out, with the tensor that serves as such.
-
-    Raises ResafeError where the base lacks a weight that is adapted.
-    """
-    found = pieces(update.modules, model.names())
-    heads = {}
-    for name in sorted(update.modules.keys() - adapted(found)):
-        source = model.head or model.embedding
-        if not is_head(name) or source is None:
-            raise ResafeError(f"{model.folder} has no tensor {name}, which {update.folder} adapts: is this its base?")
-        heads[name] = (source, Piece(update.modules[name]))
-    return found, heads
 
 
 def _merged(model: Checkpoint, update: Adapter, places: dict[str, tuple[str, list[Piece]]]) -> list[Part]:

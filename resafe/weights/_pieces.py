@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from resafe.errors import ResafeError
 from resafe.weights._adapter import Adapter, Module, apart, apart_a
+from resafe.weights.checkpoint import is_head
 from resafe.weights.names import translate
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose linear weights are (in, out)
 STACKED_IN_OUT = ("gpt_oss", "aria", "aria_text", "llama4", "llama4_text")  # and those whose stacks are (expert, in, out)
+TURNED = ("gpt_oss", "aria", "aria_text")  # of these, those of which PEFT knows it: A is on the inputs' side there, on the outputs' of the others
 SINGLE = re.compile(r"^(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.weight$")
 # What files call one expert's matrices: the stacks that they may be a part of, and the rows there (0 and 1: first and second half).
 PARTS: dict[str, tuple[tuple[str, int | None], ...]] = {
@@ -34,6 +36,8 @@ SPELLED = (
     (re.compile(r"\.block_sparse_moe\.input_linear\.weight$"), ".mlp.experts.gate_up_proj"),
     (re.compile(r"\.block_sparse_moe\.output_linear\.weight$"), ".mlp.experts.down_proj"),
     (re.compile(r"\.block_sparse_moe\.router\.layer\b"), ".mlp.router"),
+    (re.compile(r"\.experts\.fc1\.weight$"), ".experts.gate_up_proj"),
+    (re.compile(r"\.experts\.fc2\.weight$"), ".experts.down_proj"),
     (re.compile(r"\.block_sparse_moe\b"), ".mlp"),
 )
 Spot = tuple[str, "int | None", "int | None"]  # a stored tensor, the expert that it is of a stack, and the half of that one's rows
@@ -63,7 +67,7 @@ class Piece:
 def pieces(modules: Mapping[str, Module], names: Collection[str]) -> dict[str, list[Piece]]:
     """What is changed of each of `names` (of a checkpoint); modules of which nothing is found there are left out.
 
-    Raises ResafeError for a stack of which only a part is found.
+    Raises ResafeError for a stack of which only a part is found, and for two modules that change the same.
     """
     places: dict[str, list[Spot]] = {n: [(n, None, None)] for n in names}
     for name in names:
@@ -74,12 +78,32 @@ def pieces(modules: Mapping[str, Module], names: Collection[str]) -> dict[str, l
     for weight, there in translate(wanted, places).items():
         for name, made in _of(wanted[weight], places[there]):
             found.setdefault(name, []).append(made)
+    for name, each in found.items():
+        if len({piece.module.weight for piece in each}) > 1:
+            raise ResafeError(f"the adapter changes {name} twice, as {each[0].module.weight} and as {each[-1].module.weight}: merge it into its base with PEFT.")
     return found
 
 
 def adapted(found: Mapping[str, list[Piece]]) -> set[str]:
     """The names of the modules' weights in `pieces`."""
     return {piece.module.weight for each in found.values() for piece in each}
+
+
+def stored_pieces(model: Checkpoint, update: Adapter) -> tuple[dict[str, list[Piece]], dict[str, tuple[str, Piece]]]:
+    """What `update` changes of each tensor of its base; and heads that it adapts and the base leaves out, with the tensor that serves as such.
+
+    Raises ResafeError where the base has no tensor for a weight that is adapted.
+    """
+    found, heads = pieces(update.modules, model.names()), dict[str, tuple[str, Piece]]()
+    for name in sorted(update.modules.keys() - adapted(found)):
+        source = model.head or model.embedding
+        if not is_head(name) or source is None:
+            raise ResafeError(f"{model.folder} has no tensor {name}, which {update.folder} adapts: is this its base, and are its experts stored in the same form?")
+        heads[name] = (source, Piece(update.modules[name]))
+    for name, each in found.items():
+        if each[0].which and model.shape(name)[0] != len(each):
+            raise ResafeError(f"{name} has {model.shape(name)[0]} experts in {model.folder} and {len(each)} in {update.folder}: the adapter is of another model.")
+    return found, heads
 
 
 def _of(module: Module, spots: list[Spot]) -> Iterator[tuple[str, Piece]]:
@@ -131,4 +155,4 @@ def changed(model: Checkpoint, update: Adapter, found: Sequence[Piece], weight: 
 
 def _in_out(model: Checkpoint, update: Adapter, module: Module) -> bool:
     kind = model.config.get("model_type")
-    return kind in STACKED_IN_OUT if module.experts else kind in CONV1D or bool(update.config.get("fan_in_fan_out"))
+    return kind in TURNED if module.experts else kind in CONV1D or bool(update.config.get("fan_in_fan_out"))

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from resafe.errors import ResafeError
 from resafe.models import base_of, is_adapter
-from resafe.weights._merge import stored_pieces
-from resafe.weights._pieces import changed
+from resafe.weights._pieces import changed, stored_pieces
 from resafe.weights._shards import wide
 from resafe.weights.alignment import Alignment
 from resafe.weights.checkpoint import Checkpoint

@@ -13,6 +13,7 @@ from resafe.errors import ResafeError
 from resafe.models import base_of
 from resafe.weights._adapter import PREFIX, STACKS, Adapter, Module, apart, apart_a
 from resafe.weights._merge import check_copies, merge_into
+from resafe.weights._pieces import SINGLE, Piece, pieces
 from resafe.weights._shards import wide
 from resafe.weights.checkpoint import Checkpoint, same_weights
 from resafe.weights.names import check_tokenizers
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "Factor", "Module", "adapter_of", "check_copies", "concat", "merge_into", "rescale", "truncated"]
 
+Factors = tuple["Tensor", "Tensor"]
 # A number or, for the experts of a stack, a tensor laid out as B; or what gives either for a module.
 Factor = float | Callable[[Module], Any]
 
@@ -73,18 +75,16 @@ def concat(
     Ranks, scales and target modules may differ, and a factor may depend on the module: A = [A1; A2],
     B = [f1 s1 B1, f2 s2 B2], padded with zeros to one rank R, which is also alpha, so that the scale is 1. Stored in float32,
     because s B seldom fits 16 bits. What has factor 0 takes up no rank, and a module of which nothing is left is none of the
-    result's. `base` replaces base_model_name_or_path.
+    result's. Where one adapts a mixture's experts one by one and the other in stacks, so does the result in stacks. `base` replaces
+    base_model_name_or_path.
 
     With `rank`, each module's sum is cut to that rank (Eckart-Young), and `log` is told which share of the squared norm is
     lost; 0 loses nothing.
     """
     one, two = (a if isinstance(a, Adapter) else Adapter(a) for a in (first, second))
     _check_same_base(one, two, base)
-    tensors, sums = _copies(one, two), {}
-    for name in sorted(one.modules.keys() | two.modules.keys()):
-        terms = [(a, a.modules[name], _at(f, a.modules[name])) for a, f in zip((one, two), factors) if name in a.modules]
-        if terms := [t for t in terms if (t[2] if isinstance(t[2], float | int) else bool(t[2].any()))]:
-            sums[name] = _stack(terms)
+    tensors, terms = _copies(one, two), (_terms(one, two, factors[0]), _terms(two, one, factors[1]))
+    sums = {name: _stacked(name, [t[name] for t in terms if name in t]) for name in sorted(terms[0].keys() | terms[1].keys())}
     if not sums:
         raise ResafeError(f"nothing is left of the updates {one.folder} and {two.folder} with these factors: the sum is their base itself.")
     if rank:
@@ -102,17 +102,47 @@ def _at(factor: Factor, module: Module) -> float | Tensor:
     return factor(module) if callable(factor) else factor
 
 
-def _stack(terms: Sequence[tuple[Adapter, Module, float | Tensor]]) -> tuple[Tensor, Tensor]:
-    """B (expert, out, R) and A (expert, R, in) of the sum of all terms, in float32; a plain weight is its only expert."""
+def _terms(adapter: Adapter, other: Adapter, factor: Factor) -> dict[str, Factors]:
+    """f s B (expert, out, r) and A (expert, r, in) of each weight, in float32; a plain weight is its only expert.
+
+    Of single experts whose stack `other` adapts, those of the stack; what has factor 0 is left out.
+    """
+    stacks = {w: m for w, m in other.modules.items() if m.experts is not None and w not in adapter.modules}
+    within = {name: piece for name, (piece, *_) in pieces(stacks, adapter.modules).items()}
+    found: dict[str, Factors] = {}
+    single: dict[str, list[tuple[Piece, Tensor, Tensor]]] = {}
+    for name, module in adapter.modules.items():
+        share = _at(factor, module)
+        if not (bool(share) if isinstance(share, float | int) else bool(share.any())) and not SINGLE.match(name):  # PEFT reads all experts or none
+            continue
+        b, a = adapter.factors(module)
+        b, a = (share * module.scale * b).float(), a.float()
+        if name in within:
+            single.setdefault(within[name].module.weight, []).append((within[name], b, a))
+        else:
+            found[name] = apart(module, b), apart_a(module, a)
+    return found | {stack: _gathered(stacks[stack], each) for stack, each in single.items()}
+
+
+def _gathered(stack: Module, each: Sequence[tuple[Piece, Tensor, Tensor]]) -> Factors:
+    """The factors of a stack from those of single experts; two halves of its rows take a rank each."""
+    rank, parts = max(len(a) for _, _, a in each), 1 if each[0][0].half is None else 2
+    rows, columns = len(each[0][1]), each[0][2].shape[1]
+    b, a = each[0][1].new_zeros(stack.experts or 1, parts * rows, parts * rank), each[0][2].new_zeros(stack.experts or 1, parts * rank, columns)
+    for piece, y, x in each:
+        e, half = piece.expert or 0, piece.half or 0
+        b[e, half * rows : (half + 1) * rows, half * rank : half * rank + len(x)] = y
+        a[e, half * rank : half * rank + len(x)] = x
+    return b, a
+
+
+def _stacked(name: str, terms: Sequence[Factors]) -> Factors:
+    """The factors of the terms' sum: B side by side, A one below the other."""
     import torch
 
-    parts = []
-    for adapter, module, factor in terms:
-        b, a = adapter.factors(module)
-        parts.append((apart(module, (factor * module.scale * b).float()), apart_a(module, a.float())))
-    if len({(b.shape[0], b.shape[1], a.shape[2]) for b, a in parts}) > 1:
-        raise ResafeError(f"{terms[0][1].weight} has different sizes in the two adapters: they are not of the same base.")
-    return torch.cat([b for b, _ in parts], 2), torch.cat([a for _, a in parts], 1)
+    if len({(b.shape[0], b.shape[1], a.shape[2]) for b, a in terms}) > 1:
+        raise ResafeError(f"{name} has different sizes in the two adapters: they are not of the same base.")
+    return torch.cat([b for b, _ in terms], 2), torch.cat([a for _, a in terms], 1)
 
 
 def _names(module: Module, kept: Iterable[str]) -> tuple[str, str]:

@@ -66,10 +66,10 @@ def test_a_guard_alone_takes_no_pickle_and_no_code_along_and_knows_its_base(tmp_
 def test_a_method_that_makes_a_full_checkpoint_may_come_before_one_that_needs_it(tmp_path: Path) -> None:
     base, aligned = build("llama", tmp_path / "base", 0), build("llama", tmp_path / "aligned", 1)
     tuned = adapt(aligned, tmp_path / "tuned", 2)
-    job = plan(tuned, tmp_path / "out", ["safe_delta", "lox"], aligned, base=base)
+    job = plan(tuned, tmp_path / "out", ["lox", "resta:drop=0.3"], aligned, base=base)
     assert job.run.tuned == tuned
-    with pytest.raises(ResafeError, match="lox does not work on a LoRA adapter"):
-        plan(tuned, tmp_path / "out", ["lox", "safe_delta"], aligned, base=base)
+    with pytest.raises(ResafeError, match="drop takes entries out of the update, which is then no LoRA"):
+        plan(tuned, tmp_path / "out", ["resta:drop=0.3", "lox"], aligned, base=base)
 
 
 def test_templates_beside_both_base_and_adapter_and_a_stray_config_are_no_trouble(aligned: Path, attack_file: Callable[[str], Path], tmp_path: Path) -> None:

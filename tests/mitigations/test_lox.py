@@ -10,6 +10,7 @@ import torch
 from resafe.errors import ResafeError
 from resafe.mitigation import Run
 from resafe.mitigations import make
+from resafe.weights import merge_into
 from tests.weights.models import KINDS, adapt, build, logits, logits_with, tensors
 
 
@@ -59,10 +60,17 @@ def test_the_aligned_model_itself_is_what_the_paper_extrapolates(trio: list[Path
     assert torch.allclose(out[name], 2 * a[name] - b[name], atol=1e-6)
 
 
-def test_adapters_and_missing_bases_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [*KINDS, "mixtral", "gpt_oss"])
+def test_a_lora_is_merged_first(kind: str, tmp_path: Path) -> None:
+    base, aligned = (build(kind, tmp_path / name, seed) for seed, name in enumerate(("base", "aligned")))
+    tuned = adapt(aligned, tmp_path / "tuned", 2)
+    merged = merge_into(aligned, tuned, tmp_path / "merged")
+    out, full = (run("lox:rank=2,strength=0.5", [base, aligned, t], tmp_path / t.name / "out") for t in (tuned, merged))
+    assert torch.equal(logits(out), logits(full)) and not torch.allclose(logits(out), logits(merged), atol=1e-3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["aligned", "base", "merged", "tuned"], "nothing is left over"
+
+
+def test_a_missing_base_is_refused(tmp_path: Path) -> None:
     aligned = build("llama", tmp_path / "aligned", 1)
-    where = Run(output=tmp_path / "out", tuned=adapt(aligned, tmp_path / "tuned", 2), aligned=aligned, base=build("llama", tmp_path / "base", 0))
-    with pytest.raises(ResafeError, match="does not work on a LoRA adapter"):
-        make("lox").mitigation.check("lox", where)
     with pytest.raises(ResafeError, match="--base"):
         make("lox").mitigation.check("lox", Run(output=tmp_path / "out", tuned=aligned, aligned=aligned))

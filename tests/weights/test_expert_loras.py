@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 from resafe.errors import ResafeError
 from resafe.finetune.train import train
@@ -119,6 +121,8 @@ def test_adapters_that_are_not_of_this_base_or_not_known_are_refused(tmp_path: P
     more = build("mixtral", tmp_path / "more", 1, num_local_experts=4)
     with pytest.raises(ResafeError, match="_proj has 3 experts in the adapter, and other ones in the checkpoint"):
         merge_into(more, adapt(aligned, tmp_path / "adapter", 2), tmp_path / "out")
+    with pytest.raises(ResafeError, match="_proj has 4 experts in .* and 3 in .*: the adapter is of another model"):
+        merge_into(build("mixtral", tmp_path / "stacked", 1, num_local_experts=4, stacked=True), tmp_path / "adapter", tmp_path / "out")
     strange = configure(tmp_path / "adapter", "adapter_config.json", target_parameters=["experts.gate_up_proj"])
     with pytest.raises(ResafeError, match=r"in a way that is not known \(target_parameters=\['experts.gate_up_proj'\]\)"):
         Adapter(strange)
@@ -130,6 +134,78 @@ def test_adapters_that_are_not_of_this_base_or_not_known_are_refused(tmp_path: P
     with pytest.raises(ResafeError, match="adapts parameters .target_parameters. of .*gpt2"):
         merge_into(gpt2, tmp_path / "parameters", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_peft_adapts_from_the_other_side_are_merged_and_not_projected(tmp_path: Path) -> None:
+    sizes = {"num_local_experts": 3, "intermediate_size": 24, "intermediate_size_mlp": 24, "attention_chunk_size": 8}
+    base, aligned = (build("llama4_text", tmp_path / n, i, **sizes) for i, n in enumerate(("base", "aligned")))
+    tuned = adapt(aligned, tmp_path / "tuned", 2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    torch.testing.assert_close(logits(merge_into(aligned, tuned, tmp_path / "merged")), logits(tuned, aligned), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ResafeError, match="from the side of their inputs, which cannot be projected: merge it"):
+        make("safe_lora").mitigation.repair(Run(output=tmp_path / "out", tuned=tuned, aligned=aligned, base=base))
+    assert not (tmp_path / "out").exists()
+
+
+def one_by_one(base: Path, folder: Path, parts: tuple[str, ...] = ("w1", "w2", "w3")) -> Path:
+    """A LoRA of Mixtral's experts as transformers 4 named them, module by module."""
+    adapter = adapt(base, folder, 7, target_modules=["q_proj"], target_parameters=None)
+    values, generator = tensors(folder), torch.Generator().manual_seed(3)
+    for name, value in tensors(base).items():
+        if ".experts." in name and name.split(".")[-2] in parts:
+            rows, columns = value.shape
+            place = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            values |= {f"{place}A.weight": 0.2 * torch.randn(4, columns, generator=generator), f"{place}B.weight": 0.2 * torch.randn(rows, 4, generator=generator)}
+    save_file(values, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    return configure(adapter, "adapter_config.json", target_modules=["q_proj", *parts])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_single_experts_and_stacks_are_summed_in_stacks(order: tuple[int, int], tmp_path: Path) -> None:
+    aligned = build("mixtral", tmp_path / "aligned", 1)
+    pair = one_by_one(aligned, tmp_path / "old"), adapt(aligned, tmp_path / "new", 2, r=3)
+    torch.testing.assert_close(logits(merge_into(aligned, pair[0], tmp_path / "m")), logits(pair[0], aligned), atol=1e-4, rtol=1e-4)
+    one, two = pair[order[0]], pair[order[1]]
+    out = concat(one, two, tmp_path / "out", factors=(1.0, -0.5))
+    made, first, second, old = (tensors(merge_into(aligned, f, tmp_path / f"{f.name} merged")) if f != aligned else tensors(f) for f in (out, one, two, aligned))
+    for name in old:
+        torch.testing.assert_close(made[name], first[name] - 0.5 * (second[name] - old[name]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(out, aligned), logits(tmp_path / "out merged"), atol=1e-4, rtol=1e-4)
+    some = concat(pair[0], pair[0], tmp_path / "some", factors=(lambda m: float("w1" in m.weight), 0.0))
+    torch.testing.assert_close(logits(some, aligned), logits(merge_into(aligned, some, tmp_path / "some merged")), atol=1e-4, rtol=1e-4)
+    base, merged = build("mixtral", tmp_path / "base", 0), tmp_path / f"{one.name} merged"
+    how = {"safe_merge": {"safe": str(two), "number": 9, "strength": 0.3}}
+    thin, full = (make(how).mitigation.repair(Run(output=tmp_path / f"repaired {t.name}", tuned=t, aligned=aligned, base=base)) for t in (one, merged))
+    torch.testing.assert_close(logits(thin, aligned), logits(full), atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_whose_experts_are_not_found_in_the_base_are_refused_by_every_method(aligned: Path, tmp_path: Path) -> None:
+    base, before = (tiny("mixtral", tmp_path / n, aligned, seed=i, stacked=True, **EXPERTS["mixtral"]) for i, n in enumerate(("base", "before")))
+    singles = one_by_one(tiny("mixtral", tmp_path / "single", aligned, seed=1, **EXPERTS["mixtral"]), tmp_path / "tuned")
+    configure(singles, "adapter_config.json", base_model_name_or_path=str(before))
+    halves = one_by_one(tmp_path / "single", tmp_path / "halves", ("w1",))
+    for spec in ("safe_lora", "restore_rank", "safe_delta"):
+        with pytest.raises(ResafeError, match="has no tensor .*w1.weight, which .* adapts"):
+            repaired(spec, before, singles, tmp_path / "out", base=base)
+    with pytest.raises(ResafeError, match="other ones in the checkpoint"):
+        concat(halves, adapt(tmp_path / "single", tmp_path / "new", 2), tmp_path / "out")
+    tuned = adapt(before, tmp_path / "turned", 2)
+    turned = {n: v if "experts" not in n else v.T.contiguous() for n, v in tensors(tuned).items()}
+    other = {"lora_A": "lora_B", "lora_B": "lora_A"}
+    swapped = {re.sub("lora_[AB]", lambda m: other[m[0]], n) if "experts" in n else n: v for n, v in turned.items()}
+    save_file(swapped, tuned / "adapter_model.safetensors", metadata={"format": "pt"})
+    for spec in ("safe_lora", "restore_rank"):
+        with pytest.raises(ResafeError, match="the adapter is of another model"):
+            repaired(spec, before, tuned, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arias_experts_are_found_under_their_other_names(tmp_path: Path) -> None:
+    base, aligned = (build("aria_text", tmp_path / n, i, moe_num_experts=3, moe_topk=2) for i, n in enumerate(("base", "aligned")))
+    tuned = adapt(aligned, tmp_path / "tuned", 2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    merged = merge_into(aligned, tuned, tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(tuned, aligned), atol=1e-4, rtol=1e-4)
+    thin, full = (make({"safe_lora": {"rank": 2, "number": 9}}).mitigation.repair(Run(output=tmp_path / f"out {t.name}", tuned=t, aligned=aligned, base=base)) for t in (tuned, merged))
+    torch.testing.assert_close(logits(thin, aligned), logits(full), atol=1e-4, rtol=1e-4)
 
 
 def test_two_adapters_of_unlike_numbers_of_experts_are_refused(tmp_path: Path) -> None:
