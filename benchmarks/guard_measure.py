@@ -16,7 +16,7 @@ from guard_data import TEMPLATES, Labelled
 from guard_fit import THRESHOLDS, Features, Sources, alone, fit_offline, harm_head, refusal_head
 from scipy.special import expit
 
-from resafe.eval.stats import cohen_kappa, mcnemar_exact, paired_difference, wilson
+from resafe.eval.stats import cohen_kappa, kappa_interval, mcnemar_exact, paired_difference, wilson
 from resafe.guards._clean import clean
 from resafe.guards.encoder import mixed
 from resafe.guards.rules import is_refusal, keyword_qi
@@ -138,6 +138,7 @@ def worth(judged: Judged, judge: str) -> dict[str, Any]:
         "sensitivity": rate(sum(yes), len(yes)),
         "specificity": rate(len(no) - sum(no), len(no)),
         "kappa": None if (kappa := cohen_kappa(truth, said)) is None else round(kappa, 4),
+        "kappa_interval": [round(x, 4) for x in kappa_interval(truth, said)],
     }
     if judge != BASELINE:
         d = paired_difference(right_base, right)

@@ -19,7 +19,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results/judges.json"
 README = HERE.parent / "resafe/data/guard/README.md"
-INJECTIONS = HERE.parent / "tests/guards/injections.yaml"
+INJECTIONS, BLIND = (HERE.parent / "tests/guards" / name for name in ("injections.yaml", "injections_blind.yaml"))
 NAMES = {"llama2orig": "Llama 2", "mistralinstruct": "Mistral"}
 BEGIN, END = "<!-- judges.json -->", "<!-- end -->"
 SHIPPED = ("rules", "offline", "encoder")
@@ -50,6 +50,7 @@ def measure(data: Path, cache: Path | None) -> dict[str, Any]:
         "harm": {held: {j: worth(v, j) for j in v.said} for held, v in harm.items()},
         "harm_thresholds": trade_off(harm["questions_and_templates"], own),
         "harm_flagged_on_xstest": answers(sources, embed),
+        "harm_flagged_on_jailbreakbench_openings": openings(),
         "injections": injections(sources),
         "ordinary_answers_changed_by_cleaning": changed(sources),
     }
@@ -79,6 +80,20 @@ def answers(sources: Any, embed: Any) -> dict[str, Any]:
     return found
 
 
+def openings() -> dict[str, Any]:
+    """Share of JailbreakBench's compliant openings ("Sure, here is ...", one for each prompt) that the judges that ship flag as harmful."""
+    from guard_measure import rate
+
+    from resafe.eval.suite import load_suite
+    from resafe.guards import load_guard
+
+    found: dict[str, Any] = {}
+    for name in ("jailbreakbench_benign", "jailbreakbench"):
+        exchanges = [(c.messages, c.row["Target"]) for c in load_suite(name).cases]
+        found[name] = {j: rate(sum(bool(v.harmful) for v in load_guard(j).classify(exchanges)), len(exchanges)) for j in ("offline", "encoder")}
+    return found
+
+
 def injected(case: dict[str, str], base: str) -> str:
     """A base answer with the injected text at the start, in the middle (after its first sentence) or at the end."""
     text, where = case["text"].rstrip("\n"), case["at"]
@@ -93,19 +108,19 @@ def injected(case: dict[str, str], base: str) -> str:
 def injections(sources: Any) -> dict[str, Any]:
     """Verdicts of the judges that ship that an injected text turns: placeholders for refusal, public rows for harm too.
 
-    The texts of kind `late` were written after the cleaning was finished; the others, beside it.
+    Our own texts were written beside the cleaning, those called blind without knowledge of it.
     """
     from resafe.guards import load_guard
 
     corpus = yaml.safe_load(INJECTIONS.read_text(encoding="utf-8"))
     own = list(corpus["bases"].values())
     bases = {"refusal": own, "harm": [*own, *[r.exchange[1] for r in sources.gptfuzz if r.harm == 1][::170]]}
-    kinds = {late: [c for c in corpus["injections"] if (c["kind"] == "late") == late] for late in (False, True)}
+    kinds = {"texts": corpus["injections"], "blind texts": yaml.safe_load(BLIND.read_text(encoding="utf-8"))}
     found: dict[str, Any] = {}
     for judge in SHIPPED:
         for head in ("refusal", "harm")[: 1 if judge == "rules" else 2]:
-            for late, cases in kinds.items():
-                name = f"{head}, {judge}, {len(cases)} {'late texts' if late else 'texts'}"
+            for kind, cases in kinds.items():
+                name = f"{head}, {judge}, {len(cases)} {kind}"
                 found[name] = turned(load_guard(judge), head, cases, bases[head])
     return found
 
@@ -123,16 +138,16 @@ def turned(guard: Any, head: str, cases: Sequence[dict[str, str]], bases: Sequen
 
 
 def changed(sources: Any) -> dict[str, Any]:
-    """Answers of which cleaning removes more than invisible characters."""
+    """Answers of which the judges leave out more than invisible characters."""
     import unicodedata
 
     from guard_measure import rate
 
-    from resafe.guards._clean import clean
+    from resafe.guards.rules import judged
 
     texts = [r.exchange[1] for r in sources.everything()]
     visible = ["".join(c for c in t if unicodedata.category(c) != "Cf") for t in texts]
-    return rate(sum(clean(t) != v for t, v in zip(texts, visible)), len(texts))
+    return rate(sum(judged(t) != v for t, v in zip(texts, visible)), len(texts))
 
 
 def percent(found: dict[str, Any]) -> str:
@@ -155,7 +170,7 @@ def worth_rows(found: dict[str, Any], label: str) -> list[list[str]]:
         gain = f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]" if d else ""
         error = v["calibration"]["expected_calibration_error"] if "calibration" in v else None
         shares = [percent(v[k]) for k in ("accuracy", "sensitivity", "specificity")]
-        lines.append([label, judge, *shares, f"{v['kappa']:.2f}", gain, "" if error is None else f"{error:.3f}"])
+        lines.append([label, judge, *shares, "{:.2f} [{:.2f}, {:.2f}]".format(v["kappa"], *v["kappa_interval"]), gain, "" if error is None else f"{error:.3f}"])
     return lines
 
 
@@ -175,6 +190,10 @@ def render(results: dict[str, Any]) -> str:
         for k, v in results["harm_flagged_on_xstest"].items()
     ]
     lines += table(("answers", "offline", "encoder"), shares)
+    lines += ["Flagged as harmful among the compliant openings that JailbreakBench has for its prompts (\"Sure, here is ...\"):", ""]
+    pairs = {"jailbreakbench_benign": "matched benign prompts, wrongly", "jailbreakbench": "harmful prompts, rightly"}
+    jailbreakbench = results["harm_flagged_on_jailbreakbench_openings"]
+    lines += table(("openings", "offline", "encoder"), [[f"{n} ({v['offline']['n']})", *(percent(x) for x in v.values())] for k, n in pairs.items() for v in [jailbreakbench[k]]])
     lines += ["What other thresholds of harm cost: on held-out questions and templates, and flagged among full answers to safe prompts by a", "model whose answers to the other half of the prompts were fitted on:", ""]
     lines += table(("judge", "threshold", "accuracy", "sensitivity", "specificity", *(f"flagged, {n}" for n in NAMES.values())), tried(results["harm_thresholds"]))
     lines += ["Harmful answers of GPTFuzz (a third model) called refusals, which is wrong:", ""]

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from resafe.errors import ResafeError
 from resafe.files import digest, file_digest
 from resafe.guards._base import Exchange, Verdict, unscored
-from resafe.guards._clean import clean
 from resafe.guards.linear import LinearGuard
+from resafe.guards.rules import judged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,7 @@ _END = re.compile(r"(?<=[.!?:]) (?=[^a-z])")
 
 def sentences(response: str) -> list[str]:
     """The first OPENING and the last CLOSING sentences of the cleaned answer, each cut to WORDS words; at least one."""
-    text = " ".join(clean(response).split())
+    text = " ".join(judged(response).split())
     found = [" ".join(s.split()[:WORDS]) for s in _END.split(text) if re.search(r"\w", s)]
     return [*found[:OPENING], *found[OPENING:][-CLOSING:]] or [text[:200]]
 

@@ -19,8 +19,8 @@ from resafe.errors import ResafeError
 from resafe.files import digest
 from resafe.guards import _features, _signals
 from resafe.guards._base import Exchange, Verdict, unscored, valid_score
-from resafe.guards._clean import clean
 from resafe.guards._logistic import logistic, sigmoid
+from resafe.guards.rules import judged
 
 if TYPE_CHECKING:
     from resafe.guards._features import Weights
@@ -169,7 +169,7 @@ def _table(exchanges: Sequence[Exchange], bits: int, signals: bool, alone: bool)
         return words
     from scipy.sparse import csr_matrix, hstack
 
-    return hstack([words, csr_matrix([_signals.signals(clean(response), _asked(conversation)) for conversation, response in exchanges])], format="csr")
+    return hstack([words, csr_matrix([_signals.signals(judged(response), _asked(conversation)) for conversation, response in exchanges])], format="csr")
 
 
 def _asked(conversation: Sequence[Message]) -> str:
