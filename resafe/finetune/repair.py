@@ -17,6 +17,7 @@ from resafe.mitigations import Named, stack
 from resafe.quiet import quieten
 from resafe.rows import Row, read_jsonl
 from resafe.safety import SafetyRows
+from resafe.weights.names import token_file
 from resafe.weights.writer import check_room
 
 
@@ -89,6 +90,9 @@ def plan(
         if m.mitigation.needs.makes_full and models.is_adapter(run.tuned or home):
             run.tuned = models.base_of(home)  # a full checkpoint of its kind: what the next one is given is not there yet
     run.tuned = home
+    for other in filter(None, (run.aligned, run.base)):
+        if not models.is_adapter(home) and token_file(home, other) is None:
+            log(f"note: {home} and {other} have no tokenizer file in common: that they read the same tokens was not checked.")
     if not any("repair" in m.mitigation.hooks() for m in named):
         check_room(target, sum(file.stat().st_size for file in home.glob("*.safetensors")))  # the weights are copied
     inputs = [

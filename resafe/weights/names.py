@@ -59,12 +59,17 @@ class Depths:
         return int(found["number"]) / last if last else 0.0
 
 
+def token_file(one: Path, other: Path) -> str | None:
+    """The first of FILES that both models have."""
+    return next((f for f in FILES if (one / f).is_file() and (other / f).is_file()), None)
+
+
 def check_tokenizers(one: Path, other: Path) -> None:
     """Refuse two models whose ids mean different tokens (added tokens may be renamed).
 
-    By the first of FILES that both have; models that have none in common are not judged.
+    By their `token_file`; models that have none in common are not judged.
     """
-    file = next((f for f in FILES if (one / f).is_file() and (other / f).is_file()), None)
+    file = token_file(one, other)
     if file is None:
         return
     ours, theirs = _tokens(one / file), _tokens(other / file)

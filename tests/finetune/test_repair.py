@@ -14,6 +14,7 @@ from resafe.errors import ResafeError
 from resafe.finetune import _run
 from resafe.finetune.repair import plan, repair
 from resafe.models import base_of, vet
+from tests.tiny import tiny
 from tests.weights.models import adapt, build, configure
 
 
@@ -47,6 +48,16 @@ def test_an_interrupted_run_does_not_go_on_from_what_has_changed(what: str, tmp_
     shutil.copyfile(other / "model.safetensors", changed)
     os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert changed.stat().st_size == times.st_size and place() != first
+
+
+def test_tokenizers_that_cannot_be_compared_are_said_to_be(aligned: Path, tmp_path: Path) -> None:
+    before, tuned = (tiny("llama", tmp_path / n, aligned, seed=i) for i, n in enumerate(("before", "tuned")))
+    said: list[str] = []
+    plan(tuned, tmp_path / "out", ["restore_weights:strength=0.5"], before, log=said.append)
+    assert said == []
+    (tuned / "tokenizer.json").unlink()
+    plan(tuned, tmp_path / "out", ["restore_weights:strength=0.5"], before, log=said.append)
+    assert len(said) == 1 and "have no tokenizer file in common" in said[0] and str(before) in said[0]
 
 
 def test_a_guard_alone_takes_no_pickle_and_no_code_along_and_knows_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
