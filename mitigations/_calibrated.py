@@ -102,11 +102,16 @@ class Layers:
 
 
 def layers_of(loaded: Loaded, model: Checkpoint) -> Layers:
-    """Where `loaded`, which was loaded from `model`, has its linear layers and experts. Raises ResafeError where one is not found."""
+    """Where `loaded`, which was loaded from `model`, has its linear layers and experts.
+
+    Raises ResafeError where one is not found, and where any tensor holds NaN or infinity: nothing could be looked at.
+    """
     from resafe.sensitivity import linears, stacks
     from resafe.sensitivity.linears import turned
     from resafe.weights import translate
 
+    for name in model.names():
+        model.finite(name)
     experts = stacks(loaded.model)
     modules = {name: m for name, m in linears(loaded.model).items() if not (experts and ROUTER.search(name))}
     there = translate(modules, model.names())

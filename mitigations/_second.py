@@ -57,7 +57,7 @@ def update_of(folder: Path, pair: Pair) -> Update:
 
 def _full_update(folder: Path, pair: Pair) -> Update:
     from resafe.weights import Checkpoint, check_tokenizers, counterparts, wide
-    from resafe.weights.checkpoint import same_tensor
+    from resafe.weights.checkpoint import is_vocabulary, same_tensor
     from resafe.weights.pair import COMPUTED, some
 
     model = Checkpoint(folder).plain()
@@ -66,6 +66,8 @@ def _full_update(folder: Path, pair: Pair) -> Update:
     there = counterparts([t.name for t in known], model)
     if lost := [t.name for t in known if t.name not in there]:
         raise ResafeError(f"{folder} lacks {len(lost)} tensors of {pair.aligned.folder}: {some(lost)}. Is it the same architecture?")
+    if extra := [n for n in model.names() if n not in there.values() and model.floating(n) and not COMPUTED.search(n) and not is_vocabulary(n)]:
+        raise ResafeError(f"{folder} has {len(extra)} tensors that {pair.aligned.folder} lacks: {some(extra)}. Is it the same architecture?")
     for twin in known:
         ours, theirs = pair.aligned.shape(str(twin.aligned)), model.shape(there[twin.name])
         if ours[1:] != theirs[1:] or (ours != theirs and not twin.vocabulary):

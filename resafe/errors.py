@@ -20,5 +20,7 @@ def suggest(name: str, choices: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """An error's text without its further lines; its type where it has none."""
+    """An error's text without its further lines; its type where it has none, or where the text is a mere key."""
+    if isinstance(error, KeyError):
+        return f"KeyError: {error}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -181,10 +181,13 @@ def load_weights(home: Path, dtype: str = "auto", quantise: bool = False) -> Any
     if quantise:
         options["quantization_config"] = _nf4()
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(home, output_loading_info=True, **options)
+        found: Any = AutoModelForCausalLM.from_pretrained(home, output_loading_info=True, ignore_mismatched_sizes=True, **options)
         model, info = found
     except Exception as error:  # loaders raise a dozen types; all mean that this folder cannot be used
         raise ResafeError(f"the model in {home} cannot be loaded: {first_line(error)}") from None
+    if other := sorted(info["mismatched_keys"], key=str):
+        name, stored, expected = other[0]
+        raise ResafeError(f"tensor {name} has shape {list(stored)} in {home}, and its config.json asks for {list(expected)}: these are not of one model; copy both again.")
     if missing := sorted(info["missing_keys"]):
         raise ResafeError(f"{home} lacks {len(missing)} weights of its architecture, such as {missing[0]}.")
     return model.eval()

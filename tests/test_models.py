@@ -14,8 +14,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 
 from resafe.errors import ResafeError
 from resafe.generate import generate
-from resafe.models import attachable, base_of, load, load_tokenizer
+from resafe.models import attachable, base_of, load, load_tokenizer, load_weights
 from tests.tiny import KINDS, tiny
+from tests.weights.models import build, rewrite, tensors
 
 
 @pytest.fixture
@@ -119,6 +120,13 @@ def test_adapters_of_other_kinds_are_only_merged(adapter: Callable[..., Path]) -
 )  # fmt: skip
 def test_only_a_plain_lora_is_put_on_a_shared_base(entry: dict[str, Any], plain: bool, tmp_path: Path) -> None:
     assert attachable(saved(tmp_path, "base_model.model.layers.0.q_proj.lora_A.weight", **entry)) is plain
+
+
+def test_weights_of_other_shapes_than_the_configuration_asks_for_are_refused_by_name(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "model", 1)
+    rewrite(folder, {n: v[:40].clone() if n == "lm_head.weight" else v for n, v in tensors(folder).items()})
+    with pytest.raises(ResafeError, match=r"tensor lm_head.weight has shape \[40, 16\] in .*model, and its config.json asks for \[48, 16\]"):
+        load_weights(folder)
 
 
 def test_an_adapter_that_was_cut_off_is_refused_by_one_line(tmp_path: Path) -> None:

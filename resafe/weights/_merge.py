@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from resafe.errors import ResafeError
 from resafe.weights._adapter import Adapter
 from resafe.weights._parts import Part, copied
-from resafe.weights._pieces import CONV1D, Piece, changed, stored_pieces
+from resafe.weights._pieces import CONV1D, Piece, changed, check_shapes, stored_pieces
 from resafe.weights._shards import stored, wide
 from resafe.weights.checkpoint import Checkpoint
 from resafe.weights.names import counterparts
@@ -28,6 +28,7 @@ def merge_into(base: str | Path, adapter: str | Path, target: Path, max_shard_by
     """
     model, update = Checkpoint(base).plain(), Adapter(adapter)
     check_copies(model, update)
+    check_shapes(model, update)
     places, config = _places(model, update)
     return write_checkpoint(model.folder, target, _merged(model, update, places), max_shard_bytes, config)
 

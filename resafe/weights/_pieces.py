@@ -100,10 +100,21 @@ def stored_pieces(model: Checkpoint, update: Adapter) -> tuple[dict[str, list[Pi
         if not is_head(name) or source is None:
             raise ResafeError(f"{model.folder} has no tensor {name}, which {update.folder} adapts: is this its base, and are its experts stored in the same form?")
         heads[name] = (source, Piece(update.modules[name]))
-    for name, each in found.items():
-        if each[0].which and model.shape(name)[0] != len(each):
-            raise ResafeError(f"{name} has {model.shape(name)[0]} experts in {model.folder} and {len(each)} in {update.folder}: the adapter is of another model.")
     return found, heads
+
+
+def check_shapes(model: Checkpoint, update: Adapter) -> None:
+    """Refuse an adapter whose updates have not the shapes of its base's weights, laid out either way; packed weights are not judged."""
+    for name, each in pieces(update.modules, model.names()).items():
+        piece, shape = each[0], model.shape(name)
+        rows, columns = update.shape(piece.module.b)[0], update.shape(piece.module.a)[1]
+        ours = (rows if piece.half is None else rows // 2, columns)
+        if model.floating(name) and (sorted(ours) != sorted(shape[-2:]) or (piece.which and len(each) != shape[0])):
+            stack = [len(each)] if piece.which else []
+            raise ResafeError(
+                f"{piece.module.weight.removesuffix('.weight')} has shape {list(shape)} in {model.folder} and {[*stack, *ours]} in {update.folder}: "
+                "the adapter is of another model."
+            )
 
 
 def _of(module: Module, spots: list[Spot]) -> Iterator[tuple[str, Piece]]:

@@ -38,6 +38,8 @@ class Alignment:
             raise ResafeError(f"{aligned} is given as the aligned model and as its base: name the model before alignment with --base.")
         if lost := [n for n in self.aligned.names() if n not in self._there and self.aligned.floating(n) and not COMPUTED.search(n)]:
             raise ResafeError(f"{base} lacks {len(lost)} tensors of {aligned}: {some(lost)}. Is it the model that this one was aligned from?")
+        if extra := [n for n in self.base.names() if n not in self._there.values() and not COMPUTED.search(n) and not is_vocabulary(n)]:
+            raise ResafeError(f"{base} has {len(extra)} tensors that {aligned} lacks: {some(extra)}. Is it the model that this one was aligned from?")
         if all(self.direction(n) is None for n in self.matrices()):  # as a rule the first of them differs
             raise ResafeError(f"{aligned} and {base} have the same linear weights: name the model before alignment with --base.")
 

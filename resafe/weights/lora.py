@@ -13,7 +13,7 @@ from resafe.errors import ResafeError
 from resafe.models import base_of
 from resafe.weights._adapter import PREFIX, STACKS, Adapter, Module, apart, apart_a
 from resafe.weights._merge import check_copies, merge_into
-from resafe.weights._pieces import SINGLE, Piece, pieces
+from resafe.weights._pieces import SINGLE, Piece, check_shapes, pieces, stored_pieces
 from resafe.weights._shards import wide
 from resafe.weights.checkpoint import Checkpoint, same_weights
 from resafe.weights.names import check_tokenizers
@@ -43,6 +43,9 @@ def adapter_of(tuned: Path, aligned: Path) -> Adapter:
             "or merge the adapter into it and restore the full checkpoint."
         )
     check_copies(model, adapter)
+    check_shapes(model, adapter)
+    if not model.quantised:  # whose weights may have other names
+        stored_pieces(model, adapter)
     return adapter
 
 
@@ -216,8 +219,6 @@ def _check_same_base(one: Adapter, two: Adapter, base: str | None) -> None:
     bases = [str(a.config.get("base_model_name_or_path")) for a in (one, two)]
     if base is None and bases[0] != bases[1] and Path(bases[0]).resolve() != Path(bases[1]).resolve():
         raise ResafeError(f"{one.folder} and {two.folder} have different bases: {bases[0]} and {bases[1]}.")
-    if bool(one.config.get("fan_in_fan_out")) != bool(two.config.get("fan_in_fan_out")):
-        raise ResafeError(f"{one.folder} and {two.folder} disagree on fan_in_fan_out: they are not of the same base.")
     if other := [n for n in one.modules.keys() & two.modules.keys() if one.modules[n].experts != two.modules[n].experts]:
         raise ResafeError(f"{one.folder} and {two.folder} have different numbers of experts in {min(other)}: they are not of the same base.")
 

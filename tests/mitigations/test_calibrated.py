@@ -68,6 +68,19 @@ def test_an_adapter_of_another_model_is_refused(name: str, aligned: Path, tmp_pa
         repaired(name, other, tuned, tmp_path / "out")
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_numbers_that_are_none_are_refused_by_the_tensors_name(name: str, lora: bool, aligned: Path, tmp_path: Path) -> None:
+    before, tuned = pair("llama", tmp_path, aligned, lora)
+    broken = before if lora else tuned
+    values, norm = tensors(broken), "model.layers.0.input_layernorm.weight"
+    values[norm][3] = float("inf")
+    rewrite(broken, values)
+    with pytest.raises(ResafeError, match=f"{norm} .*NaN or infinity"):
+        repaired(WITH_ALIGNED.get(name, name), before, tuned, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_an_output_that_exists_is_refused_before_any_work(name: str, aligned: Path, tmp_path: Path) -> None:
     before, tuned = pair("llama", tmp_path, aligned)

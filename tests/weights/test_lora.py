@@ -115,9 +115,17 @@ def test_adapters_of_different_bases_are_not_summed(bases: dict[str, Path], tmp_
     first, second = adapt(bases["llama"], tmp_path / "a", seed=2), adapt(bases["mistral"], tmp_path / "b", seed=3)
     with pytest.raises(ResafeError, match="different bases"):
         concat(first, second, tmp_path / "c")
-    configure(second, "adapter_config.json", fan_in_fan_out=True)
-    with pytest.raises(ResafeError, match="fan_in_fan_out"):
-        concat(first, second, tmp_path / "c", base="here")
+
+
+def test_adapters_of_gpt2_are_summed_whichever_module_peft_looked_at_last(bases: dict[str, Path], tmp_path: Path) -> None:
+    first = adapt(bases["gpt2"], tmp_path / "a", seed=2, target_modules=["c_attn", "lm_head"])
+    second = adapt(bases["gpt2"], tmp_path / "b", seed=3, target_modules=["c_attn", "attn.c_proj"])
+    assert Adapter(first).config["fan_in_fan_out"] != Adapter(second).config["fan_in_fan_out"]
+    step = merge_into(merge_into(bases["gpt2"], first, tmp_path / "m1"), second, tmp_path / "m2")
+    for i, (one, two) in enumerate(((first, second), (second, first))):
+        summed = concat(one, two, tmp_path / f"c{i}")
+        torch.testing.assert_close(logits(summed, bases["gpt2"]), logits(step), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits(merge_into(bases["gpt2"], summed, tmp_path / f"m{i + 3}")), logits(step), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

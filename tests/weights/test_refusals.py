@@ -135,6 +135,28 @@ def test_an_adapter_configuration_with_nonsense_is_refused_in_one_line(key: str,
     assert "\n" not in str(found.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("spec", ["restore_weights:strength=0.5", "resta:strength=0.5", "safe_lora", "lox"])
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 3}, {"hidden_size": 32}], ids=["deeper", "wider"])
+def test_an_adapter_that_does_not_fit_the_base_it_names_is_refused(sizes: dict[str, int], spec: str, tmp_path: Path) -> None:
+    base, aligned, other = (build("llama", tmp_path / n, i, **s) for i, (n, s) in enumerate((("base", {}), ("aligned", {}), ("other", sizes))))
+    tuned, fits = adapt(other, tmp_path / "tuned", 2), adapt(aligned, tmp_path / "fits", 3)
+    configure(tuned, "adapter_config.json", base_model_name_or_path=str(aligned))
+    named = [{"resta": {"unaligned": str(tuned)}}, {"resta": {"unaligned": str(fits)}}] if "resta" in spec else [spec]
+    for made, started in zip(named, (fits, tuned) if "resta" in spec else (tuned,)):
+        with pytest.raises(ResafeError, match="which .* adapts: is this its base|the adapter is of another model"):
+            make(made).mitigation.repair(Run(output=tmp_path / "out", tuned=started, aligned=aligned, base=base))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_model_with_more_layers_is_refused(tmp_path: Path) -> None:
+    base, aligned, tuned = (build("llama", tmp_path / n, i) for i, n in enumerate(("base", "aligned", "tuned")))
+    deep = build("llama", tmp_path / "deep", 3, num_hidden_layers=3)
+    for spec, start in (({"resta": {"unaligned": str(deep)}}, base), ({"safe_lora": {}}, deep), ({"lox": {}}, deep)):
+        with pytest.raises(ResafeError, match="deep has 9 tensors that .*aligned lacks: model.layers.2"):
+            make(spec).mitigation.repair(Run(output=tmp_path / "out", tuned=tuned, aligned=aligned, base=start))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_whose_base_is_an_adapter_is_refused(tmp_path: Path) -> None:
     aligned = build("llama", tmp_path / "aligned", 1)
     tuned = adapt(aligned, tmp_path / "tuned", 2)
