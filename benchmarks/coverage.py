@@ -1,6 +1,6 @@
 """How often the intervals of resafe.eval.stats hold the truth: exact where counts can be summed over, else simulated.
 
-    python benchmarks/coverage.py                      # everything: about 10 minutes on one core
+    python benchmarks/coverage.py                      # everything: about 15 minutes on one core
     python benchmarks/coverage.py --only pool          # one method again; the others are kept
 
 Every interval promises 95 %. Counts are discrete, so that single points swing around it: read the mean over the grid, the
