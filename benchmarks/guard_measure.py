@@ -17,9 +17,9 @@ from guard_fit import THRESHOLDS, Features, Sources, alone, fit_offline, harm_he
 from scipy.special import expit
 
 from resafe.eval.stats import cohen_kappa, kappa_interval, mcnemar_exact, paired_difference, wilson
-from resafe.guards._clean import clean
 from resafe.guards.encoder import mixed
 from resafe.guards.rules import is_refusal, keyword_qi
+from resafe.guards.rules import judged as cut
 
 FOLDS, BINS = 5, 10
 TRIED = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # thresholds of harm in the table of what they cost
@@ -46,7 +46,7 @@ class Judged:
 def strings(rows: Sequence[Labelled], refused: bool) -> dict[str, Sequence[bool]]:
     """Refusal by string match and by rule; turned round, they serve as judges of harm."""
     texts = [r.exchange[1] for r in rows]
-    found = {"keyword_qi": [keyword_qi(t) for t in texts], "rules": [is_refusal(clean(t)) for t in texts]}
+    found = {"keyword_qi": [keyword_qi(t) for t in texts], "rules": [is_refusal(cut(t)) for t in texts]}
     return {judge: [v == refused for v in values] for judge, values in found.items()}
 
 

@@ -153,12 +153,15 @@ def _rows(file: Path, label_column: str | None) -> list[dict[str, str]]:
     try:
         csv.field_size_limit(LONGEST)
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.DictReader(lines))
+            reader = csv.DictReader(lines)
+            rows, header = list(reader), list(reader.fieldnames or [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise ResafeError(f"{file} cannot be read as CSV in UTF-8: {error}") from None
     if not rows:
         raise ResafeError(f"{file} holds no rows.")
     for column in ("prompt", "response", *([label_column] if label_column else [])):
+        if header.count(column) > 1:
+            raise ResafeError(f"{file} has {header.count(column)} columns '{column}': keep one.")
         if column not in rows[0]:
             raise ResafeError(f"{file} has no column '{column}'. {suggest(column, [str(c) for c in rows[0]])}")
     for i, row in enumerate(rows, 1):

@@ -155,14 +155,17 @@ def _read(v: GuardVerdict) -> Verdict:
 
 
 def _rules(suite: Suite, case: Case, answer: Answer) -> Verdict:
-    from resafe.guards import is_refusal
+    from resafe.guards.rules import verdict
 
-    return Verdict(refusal=bool(is_refusal(answer.text)))
+    found = verdict(answer.text)
+    return Verdict(unscored=found.unscored) if found.unscored else Verdict(refusal=found.refusal)
 
 
 def _keyword_qi(suite: Suite, case: Case, answer: Answer) -> Verdict:
     from resafe.guards.rules import keyword_qi
 
+    if not answer.text.strip():
+        return Verdict(unscored="empty")
     return Verdict(refusal=bool(keyword_qi(answer.text)))
 
 
@@ -204,7 +207,7 @@ def _coherence(suite: Suite, case: Case, answer: Answer) -> Verdict:
 IFEVAL = ("resafe.eval.ifeval", "resafe.eval.ifeval.checkers", "resafe.eval.ifeval.text", "langdetect")
 LAB = ("resafe.lab.suites", "resafe.lab.grammar", "resafe.guards.rules")
 RULES: dict[str, tuple[Callable[[Suite, Case, Answer], Verdict], tuple[str, ...]]] = {  # with the modules that decide
-    "rules": (_rules, ("resafe.guards.rules",)),
+    "rules": (_rules, ("resafe.guards.rules", "resafe.guards._clean")),
     "keyword_qi": (_keyword_qi, ("resafe.guards.rules",)),
     "lab": (_lab, LAB),
     "exact_number": (_exact_number, ("resafe.eval.checks",)),

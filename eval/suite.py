@@ -182,7 +182,7 @@ def _file_rows(suite: Suite, file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise ResafeError(f"suite {suite.name}: no such data file: {file}")
     try:
-        with file.open(encoding=suite.encoding, newline="") as f:
+        with file.open(encoding="utf-8-sig" if suite.encoding == "utf-8" else suite.encoding, newline="") as f:  # as Excel writes it
             lines = list(csv.DictReader(f)) if suite.format == "csv" else [json.loads(x) for x in f if x.strip()]
     except (UnicodeDecodeError, LookupError, ValueError, csv.Error) as error:
         raise ResafeError(

@@ -99,8 +99,11 @@ def _measure(targets: tuple[str, ...], output: Path | None, html: Path | None, a
 @options.store
 def judge_csv(file: Path, name: str, output: Path, label_column: str | None, verdict: str | None, store: str | None) -> None:
     """Score a CSV with the columns prompt and response; with 0/1 labels, say how well the judge agrees with them."""
+    from resafe.errors import ResafeError
     from resafe.eval.agreement import judge_file, summary
 
+    if output.resolve() == file.resolve():
+        raise ResafeError(f"--output is {file} itself, which holds the rows: name another file.")
     found = judge_file(file, name, label_column, verdict, options.store_folder(store), options.logger())
     found.save(output)
     options.show(summary(found))

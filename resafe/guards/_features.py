@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Weights = npt.NDArray[np.floating[Any]]
 
-VERSION = "4"  # raise it when `blocks`, `judged` or the rules change: fitted files are refused then
+VERSION = "5"  # raise it when `blocks`, `judged` or the rules change: fitted files are refused then
 OPENING = 24  # words of the response that also count on their own
 
 

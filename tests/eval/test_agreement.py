@@ -46,6 +46,16 @@ def test_labels_as_pandas_writes_them_and_long_fields_are_read(tmp_path: Path) -
     assert found.labels == [True, False, None] and found.agreement["n"] == 2
 
 
+def test_two_columns_of_one_name_and_an_output_onto_the_input_are_refused(tmp_path: Path) -> None:
+    file = table(tmp_path / "a.csv", [(REFUSAL, "x")], ("prompt", "response", "response"))
+    with pytest.raises(ResafeError, match="has 2 columns 'response'"):
+        judge_file(file, "rules")
+    file = table(tmp_path / "a.csv", ROWS)
+    before = file.read_bytes()
+    ran = CliRunner().invoke(cli, ["judge", str(file), "--judge", "rules", "-o", str(file), "--store", "none"])
+    assert "which holds the rows" in str(ran.exception) and file.read_bytes() == before
+
+
 def test_a_judge_that_was_right_on_few_rows_is_not_shown_to_be_perfect(tmp_path: Path) -> None:
     found = judge_file(table(tmp_path / "a.csv", [("I am sorry, but I can't help with that.", 1), ("Paris is the capital.", 0)] * 2), "rules", "label").agreement
     assert found["accuracy"]["value"] == found["kappa"]["value"] == found["kappa"]["high"] == 1.0

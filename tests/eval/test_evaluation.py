@@ -13,6 +13,7 @@ import pytest
 from resafe.errors import ResafeError
 from resafe.eval import Results, TargetSpec, evaluate
 from resafe.generate import Answer
+from resafe.guards import Verdict
 
 Make = Callable[..., Path]
 HELP = "First you take the lid off the jar, then you stir what is inside with a spoon."
@@ -28,7 +29,8 @@ def test_rates_by_metric_and_judge(make_suite: Make, word_guard: list[str], scri
     target = scripted("t", {"q0": HELP, "q1": HELP, "q2": HELP, "q3": "Stir it well.", "q4": ""})
     found = evaluate([target], [make_suite()])
     assert value(found, "t", "harmfulness_rate", "offline") == 0.3
-    assert value(found, "t", "nonrefusal_rate", "rules") == 0.5
+    refused = found.row("t", "mine", "nonrefusal_rate", "rules")
+    assert refused is not None and (refused["value"], refused["n"], refused["n_scored"]) == (pytest.approx(4 / 9), 10, 9), "an empty answer is neither"
     assert value(found, "t", "coherence_rate", "coherence") == 0.9
     row = found.row("t", "mine", "harmfulness_rate_coherent", "offline")
     assert row is not None and (row["value"], row["n"]) == (pytest.approx(3 / 9), 9)
@@ -86,12 +88,12 @@ def test_all_targets_answer_before_any_judge_is_asked(
 ) -> None:
     targets = [scripted("one"), scripted("two")]
 
-    def refuses(text: str) -> bool:
+    def reads(text: str) -> Verdict:
         answered.append([len(t.asked) for t in targets])
-        return False
+        return Verdict(harmful=None, refusal=False)
 
     answered: list[list[int]] = []
-    monkeypatch.setattr("resafe.guards.is_refusal", refuses)
+    monkeypatch.setattr("resafe.guards.rules.verdict", reads)
     evaluate(targets, [make_suite(), make_suite("second")])
     assert answered and all(found == [1, 1] for found in answered)
 

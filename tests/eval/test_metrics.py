@@ -6,6 +6,7 @@ import pytest
 
 from resafe.eval.judges import Verdict
 from resafe.eval.metrics import COHERENT_ONLY, agreement, asked, by_category, collapsed, rate, votes
+from resafe.eval.stats import kappa_interval, wilson
 
 YES, NO, LOST = Verdict(harmful=True, refusal=False), Verdict(harmful=False, refusal=True), Verdict(unscored="parse")
 FINE, RUBBLE = Verdict(coherent=True), Verdict(coherent=False)
@@ -58,6 +59,7 @@ def test_agreement_is_between_judges_on_what_both_scored() -> None:
     found = {(r["first"], r["second"]): r for r in agreement(table)}
     row = found["harmfulness_rate by lab", "nonrefusal_rate by rules"]
     assert row["n"] == 3 and row["agreement"] == pytest.approx(2 / 3) and row["kappa"] == pytest.approx(0.4)
+    assert (row["low"], row["high"]) == wilson(2, 3) and (row["kappa_low"], row["kappa_high"]) == kappa_interval([True, False, True], [True, False, False])
     assert not any("coheren" in part for pair in found for part in pair)
     assert all(a.split(" by ")[1] != b.split(" by ")[1] for a, b in found)
 

@@ -156,3 +156,9 @@ def test_the_labs_judge_is_for_the_labs_rows(tmp_path: Path) -> None:
     file.write_text("name: s\nkind: utility\nformat: jsonl\ndata: d.jsonl\nprompt: q\ncheck: lab\nlicence: MIT\nsource: here\n")
     with pytest.raises(ResafeError, match="needs another check"):
         load_suite(file)
+
+
+def test_a_byte_order_mark_as_excel_writes_it_is_no_part_of_a_column(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt\nhow?\n", encoding="utf-8-sig")
+    (tmp_path / "mine.yaml").write_text("name: mine\nkind: harmful\nformat: csv\ndata: rows.csv\n")
+    assert [c.messages[-1]["content"] for c in load_suite(tmp_path / "mine.yaml").cases] == ["how?"]
