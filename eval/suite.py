@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from resafe import errors
+from resafe import described, errors
 from resafe.backends import GREEDY, Sampling
 from resafe.errors import ResafeError, suggest
 from resafe.eval import checks
@@ -31,7 +30,7 @@ class Suite(BaseModel):
     """One evaluation set: where its prompts are, what they are for, how an answer is checked, whose they are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
+    name: str = Field(min_length=1)
     kind: Literal["harmful", "benign", "utility"]
     format: Literal["csv", "jsonl", "lab"]
     data: str = ""
@@ -44,7 +43,7 @@ class Suite(BaseModel):
     where: dict[str, str] = {}  # keep the rows whose columns have these values
     check: Literal["none", "exact_number", "exact", "choice", "ifeval", "lab"] = "none"
     task: bool = False  # a utility suite of what the user fine-tuned for, not of what the model could do before
-    max_new_tokens: int = 256
+    max_new_tokens: int = Field(256, ge=1)
     version: int = 1
     licence: str = ""
     source: str = ""
@@ -151,22 +150,13 @@ def describe(name: str | Path) -> tuple[Suite, Path]:
 
 
 def _parse(file: Path) -> Suite:
-    if not file.is_file():
-        raise ResafeError(f"no such suite file: {file}")
-    try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ResafeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    value = described.read(file, "suite file")
     if not isinstance(value, dict):
         raise ResafeError(f"{file} must hold the keys of one suite, such as 'name' and 'kind'.")
-    for key in value:
-        if key not in Suite.model_fields:
-            raise ResafeError(f"{file}: unknown key '{key}'. {suggest(str(key), Suite.model_fields)}")
     try:
-        suite = Suite(**value)
+        suite = Suite.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ResafeError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+        raise ResafeError(f"{file}: {described.fault(error, {1: Suite.model_fields})}") from None
     if suite.check == "lab" and suite.format != "lab":
         raise ResafeError(f"{file}: 'check: lab' judges the lab's own rows; a {suite.format} suite needs another check.")
     return suite

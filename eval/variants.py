@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from resafe import described
 from resafe.backends import GREEDY, Sampling
 from resafe.errors import ResafeError, suggest
 from resafe.eval.suite import Case, LoadedSuite
@@ -28,10 +28,10 @@ class Variant(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str = Field(pattern=r"^[\w.-]+$")
     about: str = ""
-    kinds: tuple[Kind, ...] = ("harmful", "benign")  # of the suites that it applies to
+    kinds: tuple[Kind, ...] = Field(("harmful", "benign"), min_length=1)  # of the suites that it applies to
     system: str = ""
     prefill: str = ""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     samples: int = Field(1, ge=1)
 
@@ -63,20 +63,19 @@ def load_variants(asked: Sequence[str | Path]) -> list[Variant]:
 
 
 def _described(file: Path) -> dict[str, Variant]:
-    if not file.is_file():
-        raise ResafeError(f"no such variants file: {file}")
+    value = described.read(file, "variants file")
+    if not isinstance(value, dict) or not all(isinstance(keys, dict) for keys in value.values()):
+        raise ResafeError(f"{file} must map names of variants to their keys, such as 'mine: {{prefill: Sure}}'.")
+    return {str(name): _variant(file, str(name), keys) for name, keys in value.items()}
+
+
+def _variant(file: Path, name: str, keys: dict[str, Any]) -> Variant:
+    if "name" in keys:
+        raise ResafeError(f"{file}: unknown key '{name}.name': a variant is called by the key before the colon, here '{name}'.")
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(value, dict) or not all(isinstance(keys, dict) for keys in value.values()):
-            raise ResafeError(f"{file} must map names of variants to their keys, such as 'mine: {{prefill: Sure}}'.")
-        return {str(name): Variant.model_validate({**keys, "name": str(name)}) for name, keys in value.items()}
+        return Variant.model_validate({**keys, "name": name})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        near = f" {suggest(where, Variant.model_fields)}" if where else ""
-        raise ResafeError(f"{file}: {where}: {first['msg']}.{near}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ResafeError(f"{file} cannot be read as a YAML file of variants: {' '.join(str(error).split())}") from None
+        raise ResafeError(f"{file}: {described.fault(error, {1: set(Variant.model_fields) - {'name'}}, name)}") from None
 
 
 def varied(suite: LoadedSuite, variant: Variant, seed: int = 0) -> LoadedSuite:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from resafe.errors import ResafeError, suggest
+from resafe import described
+from resafe.errors import ResafeError
 from resafe.eval.variants import load_variants
 from resafe.mitigations import stack
 from resafe.sft import SFTSettings
@@ -74,26 +74,14 @@ def load_recipe(path: str | Path) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise ResafeError(f"no such recipe: {file}. Shipped recipes: {', '.join(shipped())}.")
-    try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ResafeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    value = described.read(file, "recipe")
     if not isinstance(value, dict):
         raise ResafeError(f"{file} is not a recipe: a mapping with the keys {', '.join(Recipe.model_fields)} is expected.")
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        raise ResafeError(f"{file}: {_explain(error)}") from None
-
-
-def _explain(error: ValidationError) -> str:
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key also leaves one missing
-    where = ".".join(str(p) for p in first["loc"])
-    if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg']}."
-    level: dict[int, type[BaseModel]] = {1: Recipe, 3: Attack}
-    known = level.get(len(first["loc"]), SFTSettings).model_fields
-    return f"unknown key '{where}'. {suggest(str(first['loc'][-1]), known)}"
+        known = {1: Recipe.model_fields, 3: Attack.model_fields, 4: SFTSettings.model_fields}
+        raise ResafeError(f"{file}: {described.fault(error, known)}") from None
 
 
 def shipped() -> list[str]:

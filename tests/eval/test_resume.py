@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resafe.backends import Request
+from resafe.backends import Request, Sampling
 from resafe.eval import evaluate, keeping
-from resafe.eval.keeping import KeepingGuard
+from resafe.eval.keeping import KeepingGuard, address
 from resafe.fingerprint import model_fingerprint
 from resafe.generate import Answer
 from resafe.guards import Exchange, Verdict
@@ -88,6 +89,30 @@ def test_a_change_of_what_decides_an_answer_is_a_miss(make_suite: Make, tmp_path
         data.write_text(data.read_text().replace("q3", "q33"))
     evaluate([again], [suite], store=tmp_path / "store")
     assert again.asked == ["q33"] if change == "prompt" else len(again.asked) == 10
+
+
+@pytest.mark.parametrize("change", ["temperature: 0.8", "temperature: 0.7, top_p: 0.9", "temperature: 0.7, system: Be brief.", "temperature: 0.7, prefill: Sure"])
+def test_a_variant_that_was_changed_under_its_name_is_asked_again(make_suite: Make, tmp_path: Path, change: str) -> None:
+    ways, suite, runs = tmp_path / "ways.yaml", make_suite(), [Counting() for _ in range(4)]
+    for run, keys in zip(runs, ("temperature: 0.7", "temperature: 0.7", change, "temperature: 0.7, samples: 3")):
+        ways.write_text(f"warm: {{{keys}}}\n")
+        evaluate([run], [suite], store=tmp_path / "store", variants=[ways])
+    assert [len(run.asked) for run in runs] == [20, 0, 10, 20]  # of three samples, the first is there
+    seeded = Counting()
+    evaluate([seeded], [suite], store=tmp_path / "store", variants=[ways], seed=1)
+    assert len(seeded.asked) == 30  # the same draw, other samples
+
+
+def test_everything_that_decides_an_answer_is_in_its_address() -> None:
+    ask = Request([{"role": "user", "content": "hi"}], 8, Sampling(0.7, 0.9, 3))
+    others = {"temperature": 0.8, "top_p": 0.8, "seed": 4}
+    assert set(others) == {f.name for f in fields(Sampling)}  # a new one must be here too
+    base = (["suite", 1, "id", 0], [1, 2], ask, "weights")
+    sampled = [replace(ask, sampling=replace(ask.sampling, **{name: value})) for name, value in others.items()]
+    changed = [(base[0], base[1], other, base[3]) for other in (*sampled, replace(ask, max_new_tokens=9))]
+    origins = [["other", 1, "id", 0], ["suite", 2, "id", 0], ["suite", 1, "id2", 0], ["suite", 1, "id", 1]]
+    changed += [(o, *base[1:]) for o in origins] + [(base[0], [1, 3], ask, "weights"), (*base[:3], "other weights")]
+    assert len({address(*asked) for asked in (base, *changed)}) == 1 + len(changed) == 11
 
 
 def test_a_missing_answer_is_unscored_not_kept_and_asked_again(make_suite: Make, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from resafe.errors import ResafeError
 from resafe.eval import load_suite
 from resafe.eval.suite import SHIPPED, names
+from resafe.eval.variants import load_variants
 
 Make = Callable[..., Path]
 
@@ -113,6 +114,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(make_suite: Make) -> None:
         ({"encoding": "utf-99"}, "cannot be read as utf-99 csv"),
         ({"format": "jsonl"}, "cannot be read as utf-8 jsonl"),
         ({"max_new_tokens": "many"}, "max_new_tokens: "),
+        ({"max_new_tokens": "0"}, "max_new_tokens: Input should be greater than or equal to 1 (found 0)."),
     ],
 )
 def test_what_is_wrong_is_said(make_suite: Make, more: dict[str, str], message: str) -> None:
@@ -132,6 +134,17 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("name: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(ResafeError, match="not valid YAML"):
         load_suite(tmp_path / "x.yaml")
+
+
+def test_a_key_that_stands_there_twice_is_refused_and_a_merged_one_is_not(make_suite: Make) -> None:
+    file = make_suite()
+    assert load_suite(file).cases
+    file.write_text(file.read_text() + "kind: benign\n")
+    with pytest.raises(ResafeError, match="the key 'kind' stands there twice.*line"):
+        load_suite(file)
+    merged = file.with_name("merged.yaml")
+    merged.write_text("x: &base {prefill: Sure, temperature: 0.5}\ny: {<<: *base, prefill: No way}\n")
+    assert [(v.prefill, v.temperature) for v in load_variants([merged])] == [("Sure", 0.5), ("No way", 0.5)]
 
 
 def test_a_limit_of_nothing_is_refused(make_suite: Make) -> None:

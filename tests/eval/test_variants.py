@@ -111,7 +111,13 @@ def test_variants_of_ones_own_come_from_yaml(make_suite: Make, tmp_path: Path, w
 
 @pytest.mark.parametrize(
     "text, message",
-    [("warm: {temprature: 1}", "Did you mean 'temperature'"), ("warm: {samples: 0}", "samples"), ("just text", "must map names"), ("a: [1", "cannot be read as a YAML file"), ("system: Be safe.", "must map names of variants to their keys, such as"), ("a: {1: 2}", "Keys should be strings|1: ")],
+    [("warm: {temprature: 1}", "Did you mean 'temperature'"), ("warm: {samples: 0}", "samples"), ("just text", "must map names"), ("a: [1", "is not valid YAML"), ("system: Be safe.", "must map names of variants to their keys, such as"), ("a: {1: 2}", "Keys should be strings|1: "),
+     ("warm: {samples: 3}", r"ways.yaml: warm: samples at temperature 0 are all the same answer: set a temperature\.$"),
+     ("warm: {temperature: .inf}", "warm.temperature: Input should be a finite number"), ("warm: {temperature: .nan}", "warm.temperature: "),
+     ("warm: {kinds: []}", "warm.kinds: .*at least 1 item"), ("warm: {name: hot}", "unknown key 'warm.name'"),
+     ("a b: {prefill: Sure}", "a b.name: .*pattern"), ("warm: {prefill: Yes}", r"warm.prefill: Input should be a valid string \(found True\)\.$"),
+     ("warm: {prefill: Sure}\nwarm: {prefill: No}", "not valid YAML: the key 'warm' stands there twice"),
+     ("warm: {prefill: Sure, prefill: No}", "'prefill' stands there twice")],
 )
 def test_what_is_wrong_with_a_variant_is_said_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "ways.yaml"
