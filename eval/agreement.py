@@ -59,7 +59,7 @@ def judge_file(
     """Put the rows of a CSV to the judge named `judge` (eval/judges.py).
 
     `verdict` is what labels speak of, "harmful" or "refusal"; by default what the judge says, harm first. `store` keeps
-    verdicts. Raises ResafeError for columns and labels that are not as expected, and judges that say neither.
+    verdicts. Raises ResafeError for columns and labels that are not as expected, and judges that say neither or score no row.
     """
     if judge in RULES and judge not in ("rules", "keyword_qi"):
         raise ResafeError(f"judge {judge} says nothing of harm or refusal: name another (offline, rules, a guard model's folder).")
@@ -77,13 +77,17 @@ def judge_file(
     finally:
         if kept:
             kept.close()
+    if all(f.unscored for f in found):
+        reasons = Counter(f.unscored for f in found).most_common(3)
+        told = ", ".join(f"{n} {reason}" for reason, n in reasons)
+        way = " Is its server there, its name right, its key valid?" if {reason for reason, _ in reasons} & {"api_error", "timeout"} else ""
+        raise ResafeError(f"judge {judge} scored none of the {len(found)} rows of {file}: {told}.{way}")
     says = [v for v in SAYS if any(getattr(f, v) is not None for f in found)]
-    if not says and not all(f.unscored for f in found):
+    if not says:
         raise ResafeError(f"judge {judge} says nothing of harm or refusal: name another (offline, rules, a guard model's folder).")
-    if verdict and says and verdict not in says:
+    if verdict and verdict not in says:
         raise ResafeError(f"judge {judge} says nothing of '{verdict}', only of '{says[0]}': leave --verdict out.")
-    about = verdict or (says[0] if says else SAYS[0])
-    scored = Scored(file, identity(asked), about, found, labels)
+    scored = Scored(file, identity(asked), verdict or says[0], found, labels)
     return scored if label_column is None else Scored(**{**vars(scored), "agreement": agreement(scored)})
 
 

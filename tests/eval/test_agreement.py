@@ -89,6 +89,16 @@ def test_unscored_rows_are_in_no_share_but_in_the_bounds(tmp_path: Path, word_gu
     assert saved["unscored"] == {"parse": 1} and saved["verdicts"][1] == {"row": 2, "label": 1, "unscored": "parse"}
 
 
+def test_a_judge_that_scores_nothing_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
+    file, output = table(tmp_path / "a.csv", ROWS), tmp_path / "scored.json"
+    judge = "chat:judge@http://127.0.0.1:9/v1#qi_rubric"  # nobody listens on the discard port
+    ran = CliRunner().invoke(cli, ["judge", str(file), "--judge", judge, "--label-column", "label", "-o", str(output), "--store", "none"])
+    assert isinstance(ran.exception, ResafeError) and not output.exists()
+    assert str(ran.exception) == f"judge {judge} scored none of the 7 rows of {file}: 7 api_error. Is its server there, its name right, its key valid?"
+    with pytest.raises(ResafeError, match=r"judge rules scored none of the 2 rows of .*: 2 empty\.$"):
+        judge_file(table(tmp_path / "b.csv", [("", 1), (" ", 0)]), "rules", "label")
+
+
 def test_verdicts_are_taken_from_the_store(tmp_path: Path, word_guard: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = table(tmp_path / "a.csv", [("take the lid", 1), ("stir", 0)])
     first = judge_file(file, "offline", "label", store=tmp_path / "store")
