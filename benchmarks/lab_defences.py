@@ -104,7 +104,8 @@ def collect(seeds: list[int], output: Path) -> None:
             for r in results.rows if tuple(r[k] for k in key) in wanted
         ],
         "differences": [
-            {"column": wanted[tuple(c[k] for k in key)], **{k: _short(c[k]) for k in ("attack", "mitigation", "versus", "difference", "low", "high", "p", "p_holm", "n")}}
+            {"column": wanted[tuple(c[k] for k in key)], **{k: _short(c[k]) for k in ("attack", "mitigation", "versus", "difference", "low", "high", "n")},
+             "p": _short(c["p_models"]), "p_holm": _short(c["p_models_holm"])}
             for c in comparisons if tuple(c[k] for k in key) in wanted
         ],
         "generalisation": [

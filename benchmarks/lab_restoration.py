@@ -225,7 +225,7 @@ def _differences(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for r in rows:
         if column := wanted.get((r["suite"], r["metric"], r["judge"])):
             found = [round(r[k], 4) for k in ("difference", "low", "high")]
-            yield {"attack": r["attack"], "mitigation": r["mitigation"], "column": column, "difference": found, "p_holm": float(f"{r['p_holm']:.3g}")}
+            yield {"attack": r["attack"], "mitigation": r["mitigation"], "column": column, "difference": found, "p_holm": float(f"{r['p_models_holm']:.3g}")}
 
 
 def page() -> None:

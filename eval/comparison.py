@@ -3,9 +3,10 @@
 One target against another: Tango's score interval and McNemar's exact test; ratings and shares by `stats.paired_mean_difference`
 and Wilcoxon's signed-rank test. Missing verdicts bound the difference (`bound_low`, `bound_high`); where these bounds lie
 on both sides of zero no winner may be named (`decided` is False). Groups of training seeds (`compare_groups`): prompts and
-seeds are crossed clusters of the changes (stats.clustered_interval); the test is the exact sign test over prompts of the
-change summed over seeds, which is McNemar's when there is one seed. Holm's correction runs over suites x compared systems,
-within one metric and judge.
+seeds are crossed clusters of the changes, of the interval (stats.clustered_interval) as of the test (stats.crossed_test).
+Beside it `p_models` is about these models alone: the exact sign test over prompts of their change summed over seeds (Wilcoxon's for
+ratings), None where seeds share a baseline, as it is no test then. Holm's correction runs over suites x compared systems, within
+one metric and judge.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def _compared(results: Results, pairs: Sequence[tuple[str, str]], who: Row, leve
         if scored:
             scale = results.items[pairs[0][0]][suite].scale(metric, judge)
             found = difference(scored, level, scale) | _bounds(asked, scale)
+            if len(pairs) > len({before for before, _ in pairs}):
+                found["p_models"] = None
             rows.append({"suite": suite, "metric": metric, "judge": judge, **who, **found})
     return rows
 
@@ -138,19 +141,21 @@ def _check_same_prompts(one: Items, two: Items, who: str, suite: str) -> None:
 
 
 def difference(votes: Sequence[Pair], level: float = 0.95, scale: Scale = RATE) -> dict[str, Any]:
-    """after - before over (prompt, seed) pairs: difference, low, high, p, n pairs, and yes lost and gained.
+    """after - before over (prompt, seed) pairs: difference, low, high, p, p_models, n pairs, and yes lost and gained.
 
     Ratings and shares lose where the vote fell and gain where it rose.
     """
     prompts, seeds = {p for p, *_ in votes}, {s for _, s, *_ in votes}
     yes_or_no = binary([v for *_, a, b in votes for v in (a, b)]) and scale == RATE
-    found, p = _binary(votes, level) if yes_or_no else _graded(votes, level, scale)
-    low, high = found.low, found.high
+    found, p_models = _binary(votes, level) if yes_or_no else _graded(votes, level, scale)
+    change, low, high, p = found.difference, found.low, found.high, p_models
     if len(seeds) > 1:
-        clusters, crossed, width = [v[0] for v in votes], [v[1] for v in votes], scale[1] - scale[0]
-        low, high = stats.clustered_interval([_change(v) for v in votes], clusters, -width, width, level, crossed=crossed)
+        changes, clusters, crossed, width = [_change(v) for v in votes], [v[0] for v in votes], [v[1] for v in votes], scale[1] - scale[0]
+        change = sum(changes) / len(changes)  # of pairs, as the interval: a prompt that was scored for more seeds counts for more
+        low, high = stats.clustered_interval(changes, clusters, -width, width, level, crossed=crossed)
+        p = stats.crossed_test(changes, clusters, crossed, -width, width)
     return {
-        "difference": found.difference, "low": low, "high": high, "p": p, "n": len(votes), "prompts": len(prompts),
+        "difference": change, "low": low, "high": high, "p": p, "p_models": p_models, "n": len(votes), "prompts": len(prompts),
         "seeds": len(seeds), "lost": sum(_change(v) < 0 for v in votes), "gained": sum(_change(v) > 0 for v in votes),
     }  # fmt: skip
 
@@ -186,5 +191,8 @@ def _with_holm(rows: list[Row]) -> list[Row]:
         families.setdefault((row["metric"], row["judge"]), []).append(row)
     for family in families.values():
         for row, p in zip(family, stats.holm([r["p"] for r in family])):
-            row["p_holm"], row["family"] = p, len(family)
+            row["p_holm"], row["p_models_holm"], row["family"] = p, None, len(family)
+        own = [r for r in family if r["p_models"] is not None]
+        for row, p in zip(own, stats.holm([r["p_models"] for r in own])):
+            row["p_models_holm"] = p
     return rows

@@ -63,7 +63,7 @@ def table(found: Found) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    caption = f"% of prompts [95 % interval]; change of utility in points, paired; kept: its whole interval above \u2212{100 * found.margin:g}; named: shown to cost more than {100 * LIMIT:g} points of it"
+    caption = f"% of prompts [95 % interval]; change of utility in points, paired; kept: its whole interval above \u2212{100 * found.margin:g}; named: shown to cost more than {100 * LIMIT:g} points of it. Chosen by its harm on these prompts: for an unbiased number measure that dose on others"
     out = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     out.add_column("dose", no_wrap=True)
     for c in found.columns:

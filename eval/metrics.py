@@ -146,9 +146,16 @@ def agreement(table: Mapping[tuple[str, str], Votes]) -> list[dict[str, Any]]:
     return rows
 
 
-def agreed(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
-    """How often two judges say the same, and kappa, both with their intervals."""
-    n, same = len(first), sum(x == y for x, y in zip(first, second))
-    (low, high), (k_low, k_high) = stats.wilson(same, n), stats.kappa_interval(first, second)
+def agreed(first: Sequence[bool], second: Sequence[bool], prompts: Sequence[str] | None = None) -> dict[str, Any]:
+    """How often two judges say the same, and kappa, both with their intervals; `prompts`, where several answers are to one."""
+    n, same = len(first), [x == y for x, y in zip(first, second)]
+    (low, high), (k_low, k_high) = share(same, prompts), stats.kappa_interval(first, second, prompts)
     kappa = {"kappa": stats.cohen_kappa(first, second), "kappa_low": k_low, "kappa_high": k_high}
-    return {"n": n, "agreement": same / n if n else None, "low": low, "high": high, **kappa}
+    return {"n": n, "agreement": sum(same) / n if n else None, "low": low, "high": high, **kappa}
+
+
+def share(column: Sequence[bool], prompts: Sequence[str] | None = None) -> stats.Interval:
+    """Wilson's interval; where several answers are to one prompt, that of prompts as clusters."""
+    if prompts is None or len(set(prompts)) == len(column):
+        return stats.wilson(sum(column), len(column))
+    return stats.clustered_interval([float(v) for v in column], prompts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resafe.eval import stats
-from resafe.eval.metrics import Vote, agreed
+from resafe.eval.metrics import Vote, agreed, share
 from resafe.eval.pool import Votes, groups, pool, pooled
 from resafe.eval.results import Results, Row
 
@@ -221,7 +221,10 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def agreement(results: Results) -> list[Row]:
-    """Agreement of each two judges of a suite over the answers of all targets, and Krippendorff's alpha of three or more."""
+    """Agreement of each two judges of a suite over the answers of all targets, and Krippendorff's alpha of three or more.
+
+    Answers of several targets to one prompt are not independent: prompts are the clusters of every interval.
+    """
     pairs = dict.fromkeys((r["suite"], r["first"], r["second"]) for r in results.agreement)
     found = [_pair(results, *pair) for pair in pairs]
     for suite in dict.fromkeys(s for s, _, _ in pairs):
@@ -234,19 +237,23 @@ def agreement(results: Results) -> list[Row]:
 
 
 def _pair(results: Results, suite: str, first: str, second: str) -> Row:
-    votes = [(bool(a), bool(b)) for a, b in zip(*(_column(results, suite, n) for n in (first, second))) if None not in (a, b)]
-    return {"suite": suite, "first": first, "second": second, "alpha": None, **agreed([a for a, _ in votes], [b for _, b in votes])}
+    one, two = (_column(results, suite, name) for name in (first, second))
+    votes = [(bool(a), bool(b), p) for a, b, p in zip(one, two, _prompts(results, suite)) if None not in (a, b)]
+    found = agreed([a for a, _, _ in votes], [b for _, b, _ in votes], [p for *_, p in votes])
+    return {"suite": suite, "first": first, "second": second, "alpha": None, **found}
 
 
 def _all(results: Results, suite: str, names: Sequence[str]) -> Row:
-    table = [_column(results, suite, name) for name in names]
-    rated = [votes for votes in zip(*table) if sum(v is not None for v in votes) > 1]
-    alpha = stats.krippendorff_alpha([[None if v is None else float(v) for v in column] for column in table]) if rated else None
-    same = sum(len({v for v in votes if v is not None}) == 1 for votes in rated)
-    low, high = stats.wilson(same, len(rated))
+    prompts = _prompts(results, suite)
+    table = [[None if v is None else bool(v) for v in _column(results, suite, name)] for name in names]
+    rated = [({v for v in votes if v is not None}, p) for *votes, p in zip(*table, prompts) if sum(v is not None for v in votes) > 1]
+    same = [len(said) == 1 for said, _ in rated]
+    low, high = share(same, [p for _, p in rated])
+    a_low, a_high = stats.alpha_interval(table, prompts)
     return {
-        "suite": suite, "first": " · ".join(names), "second": "all of them", "n": len(rated), "kappa": None, "alpha": alpha,
-        "agreement": same / len(rated) if rated else None, "low": low, "high": high,
+        "suite": suite, "first": " · ".join(names), "second": "all of them", "n": len(rated), "kappa": None,
+        "alpha": stats.krippendorff_alpha(table), "alpha_low": a_low, "alpha_high": a_high,
+        "agreement": sum(same) / len(rated) if rated else None, "low": low, "high": high,
     }  # fmt: skip
 
 
@@ -257,6 +264,11 @@ def _column(results: Results, suite: str, name: str) -> list[Vote | None]:
         if suite in items:
             found += items[suite].votes.get(key, [None] * len(items[suite].prompts))
     return found
+
+
+def _prompts(results: Results, suite: str) -> list[str]:
+    """The prompts of `_column`."""
+    return [key for items in results.items.values() if suite in items for key in items[suite].keys]
 
 
 def heat(results: Results, column: Column) -> tuple[list[str], list[tuple[str, str, list[Row | None]]]]:

@@ -5,8 +5,8 @@ benchmarks/coverage.py, with results in benchmarks/results/coverage.json.
 """
 
 from resafe.eval.stats._common import Difference, Interval
-from resafe.eval.stats.agreement import cohen_kappa, kappa_interval, krippendorff_alpha
-from resafe.eval.stats.clusters import cluster_bootstrap, clustered_interval
+from resafe.eval.stats.agreement import alpha_interval, cohen_kappa, kappa_interval, krippendorff_alpha
+from resafe.eval.stats.clusters import cluster_bootstrap, clustered_interval, crossed_test
 from resafe.eval.stats.means import mean_interval, paired_mean_difference, wilcoxon_signed_rank
 from resafe.eval.stats.missing import bounds, bounds_difference, bounds_mean, crosses
 from resafe.eval.stats.multiple import holm
@@ -28,6 +28,7 @@ __all__ = [
     "Difference",
     "Interval",
     "Table",
+    "alpha_interval",
     "bounds",
     "bounds_difference",
     "bounds_mean",
@@ -35,6 +36,7 @@ __all__ = [
     "clustered_interval",
     "cohen_kappa",
     "kappa_interval",
+    "crossed_test",
     "crosses",
     "crosstab",
     "holm",

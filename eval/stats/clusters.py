@@ -15,10 +15,11 @@ import numpy as np
 from scipy import stats
 
 from resafe.errors import ResafeError
-from resafe.eval.stats._common import Array, Interval, normal_quantile, unit_column, upper_tail
-from resafe.eval.stats.means import mean_interval, mean_limits
+from resafe.eval.stats._common import Array, Interval, unit_column, upper_tail
+from resafe.eval.stats.means import mean_interval, mean_limits, mean_score
 
 EXACT = 12  # digits to which values are told apart
+LEVEL = 0.95
 
 
 def clustered_interval(
@@ -42,28 +43,51 @@ def clustered_interval(
 
     Raises ResafeError for values outside the scale, labels that do not match them, and two rows for a pair.
     """
-    x, first = np.round(unit_column(values, lo, hi), EXACT), _codes(clusters, len(values))
-    second = np.zeros_like(first) if crossed is None else _codes(crossed, len(x))
-    groups, others = int(first.max()) + 1, int(second.max()) + 1
-    if groups == len(x) and others == 1:
+    x, first, second = _laid_out(values, clusters, lo, hi, crossed)
+    if first.max() + 1 == len(x) and second.max() == 0:
         return mean_interval(values, lo, hi, level)
-    if others > 1 and len(set(zip(first.tolist(), second.tolist()))) < len(x):
-        raise ResafeError("crossed clusters hold one row for each pair: average the rows of a pair first.")
-    if groups == 1:
+    if first.max() == 0:
         return lo, hi
-    rows, quantile = _worth(x, first, second, level) if np.ptp(x) else (groups, normal_quantile(level))
-    low, high = mean_limits(x, rows, quantile)
+    rows, freedom = _worth(x, first, second, level)
+    low, high = mean_limits(x, rows, float(stats.t.ppf(upper_tail(level), freedom)))
     return lo + (hi - lo) * low, lo + (hi - lo) * high
 
 
+def crossed_test(values: Sequence[float], clusters: Sequence[Hashable], crossed: Sequence[Hashable], lo: float, hi: float) -> float:
+    """Two-sided p of a mean of 0, for values [n] within [lo, hi] in crossed clusters, both drawn from many more.
+
+    Below 1 - level where `clustered_interval` excludes 0 at that level, and only there: Student's t of the score. A sign test of
+    each cluster's sum is no such test: where several seeds share what they are compared with, rises outnumber falls of the same sum.
+    Raises ResafeError as `clustered_interval`.
+    """
+    x, first, second = _laid_out(values, clusters, lo, hi, crossed)
+    if first.max() == 0:
+        return 1.0
+    rows, freedom = _worth(x, first, second, LEVEL)
+    return float(2 * stats.t.sf(abs(mean_score(x, rows, -lo / (hi - lo))), freedom))
+
+
+def _laid_out(
+    values: Sequence[float], clusters: Sequence[Hashable], lo: float, hi: float, crossed: Sequence[Hashable] | None
+) -> tuple[Array, Array, Array]:
+    """Values in [0, 1] and the numbers of their clusters, each [n]; the second are all 0 where nothing crosses."""
+    x, first = np.round(unit_column(values, lo, hi), EXACT), _codes(clusters, len(values))
+    second = np.zeros_like(first) if crossed is None else _codes(crossed, len(x))
+    if second.max() > 0 and len(set(zip(first.tolist(), second.tolist()))) < len(x):
+        raise ResafeError("crossed clusters hold one row for each pair: average the rows of a pair first.")
+    return x, first, second
+
+
 def _worth(x: Array, first: Array, second: Array, level: float) -> tuple[float, float]:
-    """How many independent rows would make the same variance of the mean of x [n], which varies; Student's quantile."""
+    """How many independent rows would make the same variance of the mean of x [n], and with how many degrees of freedom."""
+    groups = float(first.max()) + 1
+    if not np.ptp(x):
+        return groups, math.inf
     crossed = bool(second.any())
     variance, freedom = _two_way(x, first, second) if crossed else _one_way(x, first)
-    quantile = float(stats.t.ppf(upper_tail(level), freedom))
     if not crossed:
-        variance = max(variance, float(x.var()) / len(x) / quantile**2)
-    return float(x.var()) / variance if variance > 0 else float(first.max()) + 1, quantile
+        variance = max(variance, float(x.var()) / len(x) / float(stats.t.ppf(upper_tail(level), freedom)) ** 2)
+    return float(x.var()) / variance if variance > 0 else groups, freedom
 
 
 def _one_way(x: Array, codes: Array) -> tuple[float, float]:

@@ -14,6 +14,7 @@ Wilcoxon's test: F. Wilcoxon (1945), doi 10.2307/3001968.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +48,34 @@ def mean_limits(x: Array, n: float, z: float) -> Interval:
     values, counts = np.unique(x, return_counts=True)
     shares = counts / len(x)
     return 1 - _upper(1 - values, shares, n, z), _upper(values, shares, n, z)
+
+
+def mean_score(x: Array, n: float, at: float) -> float:
+    """z of the hypothesis that `n` independent values, distributed as x [m] in [0, 1], have the mean `at` in (0, 1).
+
+    `at` is one of the `mean_limits` for this z.
+    """
+    values, counts = np.unique(x, return_counts=True)
+    shares, above = counts / len(x), float(x.mean()) - at
+    if abs(above) < END:
+        return 0.0
+    deviation = _variance(1 - values, shares, 1 - at) if above > 0 else _variance(values, shares, at)
+    return n**0.5 * above / deviation**0.5 if deviation > 0 else math.copysign(math.inf, above)
+
+
+def _variance(values: Array, shares: Array, d: float) -> float:
+    """Of the likeliest distribution with the mean d, larger than that of the values (`_upper`)."""
+    mean, gap = float(shares @ values), np.where(1 - values < END, 0.0, 1 - values)
+    if gap.all() and (1 - d) * float((shares / gap).sum()) <= 1:
+        return (1 - d) * (d - mean)
+
+    def likeliest(c: float) -> Array:
+        p = shares * (gap == 0) if c == 0 and not gap.all() else shares / (c + (1 - c) * gap)
+        scaled: Array = p / p.sum()
+        return scaled
+
+    p = likeliest(optimize.brentq(lambda c: float(likeliest(c) @ values) - d, 0.0, 1.0, xtol=1e-300, rtol=1e-15, maxiter=2000))
+    return float(p @ (values - d) ** 2)
 
 
 def _upper(values: Array, shares: Array, n: float, z: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -110,7 +111,8 @@ def test_groups_pool_their_seeds_and_test_by_prompt() -> None:
     assert (row["n"], row["prompts"], row["seeds"]) == (60, 20, 3)
     assert row["difference"] == pytest.approx(9 / 60 - 48 / 60)
     # prompts 2..15 fall in some seed; 0, 1 and 16.. stay: 14 falls, no rise
-    assert row["p"] == pytest.approx(2 / 2**14)
+    assert row["p_models"] == row["p_models_holm"] == pytest.approx(2 / 2**14)
+    assert row["p_models"] < row["p"] < 0.01 and row["high"] < 0  # of training seeds in general, as the interval
     single = paired_difference([True] * 16 + [False] * 4, [True] * 3 + [False] * 17)
     assert row["low"] < row["difference"] < row["high"]
     assert row["high"] - row["low"] > 0.8 * (single.high - single.low)  # three seeds are not three times the prompts
@@ -123,8 +125,19 @@ def test_seeds_that_disagree_widen_a_difference() -> None:
     assert found["difference"] == -0.5 and found["low"] < -0.99 and found["high"] > -0.01
 
 
+def test_seeds_that_share_a_baseline_do_not_make_a_test_of_chance() -> None:
+    """Where nothing changes, a third answers yes by chance, and five seeds share one model before, rises outnumber falls."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(200):
+        before, after = rng.random((100, 1)) < 1 / 3, rng.random((100, 5)) < 1 / 3
+        found.append(difference([(f"p{i}", f"s{s}", bool(before[i, 0]), bool(after[i, s])) for i in range(100) for s in range(5)]))
+    assert sum(f["p_models"] < 0.05 for f in found) > 100 > 20 > sum(f["p"] < 0.05 for f in found)
+    assert all((f["p"] < 0.05) == (not f["low"] <= 0 <= f["high"]) for f in found)
+
+
 def test_groups_against_the_model_before_fine_tuning() -> None:
     found = {r["mitigation"]: r for r in compare_groups(seeded(), "before fine-tuning")}
+    assert {(f["p_models"], f["p_models_holm"]) for f in found.values()} == {(None, None)}  # one model before, three after
     assert set(found) == {"none", "m"} and found["none"]["difference"] == pytest.approx(0.8)
     assert found["m"]["baseline"] == "none / none" and found["m"]["seeds"] == 3
 

@@ -215,6 +215,18 @@ def test_agreement_is_taken_over_all_targets() -> None:
     results = study()
     (row,) = agreement(results)
     assert (row["n"], row["agreement"], row["kappa"]) == (40 * len(SHARES), 1.0, 1.0)
+    assert row["low"] == pytest.approx(wilson(40, 40)[0])  # 40 prompts, however many models answered them
+
+
+def test_three_judges_have_an_alpha_with_its_interval() -> None:
+    results = Results()
+    for target in ("one", "two"):
+        votes = {f"nonrefusal_rate|{j}": [i % 2 == 0 or (i == 1 and j == "a") for i in range(20)] for j in ("a", "b", "c")}
+        items = Items([str(i) for i in range(20)], [str(i) for i in range(20)], ["x"] * 20, votes, {}, {})
+        results.add({"target": target, "attack": None, "mitigation": None, "seed": None, "suite": "harm"}, "harmful", items)
+    *_, row = agreement(results)
+    assert row["second"] == "all of them" and row["n"] == 40 and row["kappa"] is None
+    assert -1 < row["alpha_low"] < row["alpha"] < row["alpha_high"] <= 1
 
 
 def test_power_is_said_for_the_number_of_prompts() -> None:

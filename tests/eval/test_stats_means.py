@@ -9,10 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
+from statsmodels.stats.contingency_tables import mcnemar
 
 from resafe.errors import ResafeError
-from resafe.eval.stats import clustered_interval, mean_interval, paired_mean_difference, wilcoxon_signed_rank, wilson
-from resafe.eval.stats.means import mean_limits
+from resafe.eval.stats import (
+    clustered_interval,
+    crossed_test,
+    mean_interval,
+    paired_mean_difference,
+    tango_score,
+    wilcoxon_signed_rank,
+    wilson,
+)
+from resafe.eval.stats.means import mean_limits, mean_score
 from tests.eval import score_reference, tango_reference
 
 RATINGS = st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0]), min_size=1, max_size=60)
@@ -256,3 +265,53 @@ def test_clusters_need_a_label_per_value_and_one_row_per_pair() -> None:
         clustered_interval([1, 0, 1], "ab")
     with pytest.raises(ResafeError, match="one row for each pair"):
         clustered_interval([1, 0, 1, 1], "aabb", crossed="xxxy")
+
+
+@given(RATINGS, st.floats(2, 400), st.floats(0.2, 4))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_score_of_a_limit_is_z(values: list[float], n: float, z: float) -> None:
+    x = (np.array(values) - 1) / 4
+    for limit, sign in zip(mean_limits(x, n, z), (1, -1)):
+        if 1e-6 < limit < 1 - 1e-6:
+            assert mean_score(x, n, limit) == pytest.approx(sign * z, abs=1e-4)
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(41, 200))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_score_of_no_change_is_mcnemars(b: int, c: int, n: int) -> None:
+    changes = np.array([0.0] * b + [1.0] * c + [0.5] * (n - b - c))
+    assert mean_score(changes, n, 0.5) == pytest.approx(float(tango_score(b, c, n, 0)), abs=1e-9)
+    if b + c:
+        assert stats.norm.sf(abs(mean_score(changes, n, 0.5))) * 2 == pytest.approx(mcnemar([[0, b], [c, 0]], exact=False, correction=False).pvalue, abs=1e-9)
+
+
+def test_the_test_over_seeds_is_students_of_the_score_worth_fewer_rows() -> None:
+    rng = np.random.default_rng(3)
+    x = rng.choice([-1.0, 0.0, 1.0], size=(40, 3), p=[0.1, 0.6, 0.3])
+    prompts, seeds = [i for i in range(40) for _ in range(3)], list(range(3)) * 40
+    squares = [3 * ((x.mean(1) - x.mean()) ** 2).sum() / 39, 40 * ((x.mean(0) - x.mean()) ** 2).sum() / 2]
+    rest = ((x - x.mean(1, keepdims=True) - x.mean(0, keepdims=True) + x.mean()) ** 2).sum() / 78
+    total = max(squares[0] + squares[1] - rest, *squares)
+    freedom = total**2 / (squares[0] ** 2 / 39 + squares[1] ** 2 / 2 + rest**2 / 78)
+    worth = x.var() / (total / 120)
+    z = float(tango_score((x < 0).mean() * worth, (x > 0).mean() * worth, worth, 0))
+    assert crossed_test(x.ravel().tolist(), prompts, seeds, -1, 1) == pytest.approx(2 * stats.t.sf(abs(z), freedom), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_test_over_seeds_agrees_with_the_interval(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n, count = int(rng.integers(10, 60)), int(rng.integers(2, 6))
+    x = rng.choice([-1.0, -0.2, 0.0, 0.6, 1.0], size=n * count, p=[0.05, 0.1, 0.6, 0.15, 0.1]).tolist()
+    prompts, seeds = [i for i in range(n) for _ in range(count)], list(range(count)) * n
+    p = crossed_test(x, prompts, seeds, -1, 1)
+    for level in (1 - p - 1e-6, 1 - p + 1e-6):
+        if 0 < level < 1:
+            low, high = clustered_interval(x, prompts, -1, 1, level, crossed=seeds)
+            assert (low <= 0 <= high) == (p > 1 - level)
+
+
+def test_nothing_changed_over_seeds_is_no_evidence_and_one_prompt_none_of_others() -> None:
+    assert crossed_test([0.0] * 6, [0, 0, 1, 1, 2, 2], [0, 1] * 3, -1, 1) == 1.0
+    assert crossed_test([1.0, 1.0], ["a", "a"], [0, 1], -1, 1) == 1.0
+    assert crossed_test([1.0] * 200, [i // 2 for i in range(200)], [0, 1] * 100, -1, 1) < 1e-6

@@ -18,6 +18,7 @@ from resafe.errors import ResafeError
 from resafe.eval.stats import (
     Difference,
     Table,
+    alpha_interval,
     cohen_kappa,
     crosstab,
     holm,
@@ -86,8 +87,46 @@ def test_limits_of_kappa_are_quantiles_of_the_posterior_and_do_not_depend_on_whi
     assert kappa_interval(second, first) == pytest.approx((low, high), abs=0.02) and kappa_interval(first, second) == (low, high)
 
 
-def test_kappa_that_is_undefined_may_be_anything() -> None:
+def test_kappa_and_alpha_that_are_undefined_may_be_anything() -> None:
     assert kappa_interval([True] * 5, [True] * 5) == kappa_interval([], []) == (-1.0, 1.0)
+    assert alpha_interval([[True] * 5] * 3) == alpha_interval([]) == alpha_interval([[True, False], [None, None]]) == (-1.0, 1.0)
+
+
+def judges(seed: int, rows: int, *, missing: float = 0.0) -> list[list[bool | None]]:
+    rng = np.random.default_rng(seed)
+    truth = rng.random(rows) < 0.3
+    return [[None if rng.random() < missing else bool(t != (rng.random() < 0.15)) for t in truth] for _ in range(3)]
+
+
+def test_limits_of_alpha_are_quantiles_of_the_posterior_of_how_many_say_yes() -> None:
+    columns = judges(1, 60)
+    yes = np.bincount(np.array(columns, dtype=int).sum(axis=0), minlength=4)
+    shares = stats.dirichlet.rvs(yes + 0.5, 200_000, random_state=7)
+    p = shares @ [0, 1 / 3, 2 / 3, 1]  # of six ordered pairs of verdicts on an answer, four differ unless all say the same
+    wanted = np.quantile(1 - (shares[:, 1] + shares[:, 2]) * 4 / 6 / (2 * p * (1 - p)), [0.025, 0.975])
+    low, high = alpha_interval(columns)
+    assert (low, high) == pytest.approx(tuple(wanted), abs=0.02) and low < (krippendorff_alpha(columns) or 0) < high
+
+
+def test_judges_who_always_agreed_are_not_shown_to_be_perfect() -> None:
+    column = [True] * 3 + [False] * 7
+    low, high = alpha_interval([column] * 3)
+    assert high == krippendorff_alpha([column] * 3) == 1.0 and 0.3 < low < 0.9
+    assert alpha_interval([column * 10] * 3)[0] > low
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.2])
+def test_an_answer_that_comes_again_for_its_prompt_tells_nothing_new(missing: float) -> None:
+    columns, prompts = judges(2, 50, missing=missing), [f"p{i}" for i in range(50)]
+    again = [column * 3 for column in columns]
+    assert alpha_interval(again, prompts * 3) == pytest.approx(alpha_interval(columns), abs=0.01)
+    assert alpha_interval(again)[0] > alpha_interval(columns)[0] + 0.05
+    assert alpha_interval(columns, prompts) == pytest.approx(alpha_interval(columns), abs=1e-9)
+    first, second = ([bool(v) for v in column] for column in columns[:2])
+    assert kappa_interval(first * 3, second * 3, prompts * 3) == pytest.approx(kappa_interval(first, second), abs=1e-9)
+    assert kappa_interval(first, second, prompts) == pytest.approx(kappa_interval(first, second), abs=1e-9)
+    agreed = [True] * 10 + [False] * 40
+    assert kappa_interval(agreed * 3, agreed * 3, prompts * 3) == pytest.approx(kappa_interval(agreed, agreed), abs=1e-9)
 
 
 @given(CELLS, st.floats(0.5, 0.999))
