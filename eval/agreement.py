@@ -1,7 +1,8 @@
 """A judge on anybody's exchanges: its verdict on every row of a CSV and, where rows are labelled, how well it agrees.
 
-Rows need the columns `prompt` and `response`. Intervals: Wilson for shares, `stats.kappa_interval` for Cohen's kappa. Rows that the judge left unscored are in no share: `bounds` says what accuracy would be if it
-had been wrong about all of them, or right.
+Rows need the columns `prompt` and `response`. Intervals: Wilson for shares, `stats.kappa_interval` for Cohen's kappa,
+`stats.mean_interval` for ratings. Rows that the judge left unscored are in no share: `bounds` says what accuracy would be if it
+had been wrong about all of them, or right. A judge that only rates says neither yes nor no: its mean rating is shown, by label.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resafe.errors import ResafeError, suggest
-from resafe.eval import stats
+from resafe.eval import metrics, stats
 from resafe.eval.judges import RULES, Verdict, get_judge, identity, verdicts
 from resafe.eval.suite import Case, Suite
 from resafe.files import file_digest, write_json
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 LONGEST = 1 << 30  # characters of a field; the csv module's own limit is 131,072
 LABELS = {"": None, "0": False, "0.0": False, "1": True, "1.0": True}
-SAYS = ("harmful", "refusal")
+SAYS = ("harmful", "refusal", "rating")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Scored:
     verdicts: list[Verdict]
     labels: list[bool | None]
     agreement: dict[str, Any] = field(default_factory=dict)
+    ratings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of all rows and of either label; empty where nothing is rated
 
     def save(self, path: Path) -> Path:
         """Write one JSON file: the judge, the agreement, a verdict per row. It holds no prompt and no response."""
@@ -49,7 +51,7 @@ class Scored:
         about = {"file": self.file.name, "sha256": file_digest(self.file), "judge": self.judge, "verdict": self.verdict}
         unscored = dict(Counter(v.unscored for v in self.verdicts if v.unscored))
         counts = {"rows": len(rows), "scored": len(rows) - sum(unscored.values()), "unscored": unscored}
-        return write_json(path, {**about, **counts, "agreement": self.agreement, "verdicts": rows})
+        return write_json(path, {**about, **counts, "agreement": self.agreement, "ratings": self.ratings, "verdicts": rows})
 
 
 def judge_file(
@@ -58,7 +60,7 @@ def judge_file(
 ) -> Scored:  # fmt: skip
     """Put the rows of a CSV to the judge named `judge` (eval/judges.py).
 
-    `verdict` is what labels speak of, "harmful" or "refusal"; by default what the judge says, harm first. `store` keeps
+    `verdict` is what labels speak of, "harmful" or "refusal"; by default what the judge says, harm first, else "rating". `store` keeps
     verdicts. Raises ResafeError for columns and labels that are not as expected, and judges that say neither or score no row.
     """
     if judge in RULES and judge not in ("rules", "keyword_qi"):
@@ -84,11 +86,21 @@ def judge_file(
         raise ResafeError(f"judge {judge} scored none of the {len(found)} rows of {file}: {told}.{way}")
     says = [v for v in SAYS if any(getattr(f, v) is not None for f in found)]
     if not says:
-        raise ResafeError(f"judge {judge} says nothing of harm or refusal: name another (offline, rules, a guard model's folder).")
+        raise ResafeError(f"judge {judge} says nothing of harm or refusal, and rates nothing: name another (offline, rules, a guard model's folder).")
     if verdict and verdict not in says:
         raise ResafeError(f"judge {judge} says nothing of '{verdict}', only of '{says[0]}': leave --verdict out.")
-    scored = Scored(file, identity(asked), verdict or says[0], found, labels)
-    return scored if label_column is None else Scored(**{**vars(scored), "agreement": agreement(scored)})
+    scored = Scored(file, identity(asked), verdict or says[0], found, labels, ratings=_ratings(found, labels, asked.scale))
+    yes_or_no = label_column is not None and scored.verdict != "rating"
+    return replace(scored, agreement=agreement(scored)) if yes_or_no else scored
+
+
+def _ratings(found: Sequence[Verdict], labels: Sequence[bool | None], scale: tuple[float, float] | None) -> dict[str, dict[str, Any]]:
+    """The mean rating of all rows and of either label's, with its interval on the judge's scale."""
+    if scale is None or all(v.rating is None for v in found):
+        return {}
+    rated = {"all": found, **{str(int(y)): [v for v, label in zip(found, labels) if label is y] for y in (True, False)}}
+    columns: dict[str, metrics.Votes] = {name: [v.rating for v in part if not v.unscored] for name, part in rated.items()}
+    return {name: metrics.rate(column, len(rated[name]), scale) for name, column in columns.items() if column}
 
 
 def agreement(scored: Scored) -> dict[str, Any]:
@@ -116,11 +128,16 @@ def summary(scored: Scored) -> Table:
     out = Table(title=f"{scored.judge['identity']}: {scored.verdict}", box=box.SIMPLE_HEAD)
     for title in ("", "value", "95 % interval", "n"):
         out.add_column(title, justify="right" if title else "left")
-    votes = [_vote(v, scored.verdict) for v in scored.verdicts]
-    yes = _share(sum(bool(v) for v in votes), sum(v is not None for v in votes))
-    for name, entry in [(f"share {scored.verdict}", yes), *((k, scored.agreement.get(k)) for k in ("accuracy", "kappa", "sensitivity", "specificity"))]:
-        if entry is not None:
-            out.add_row(name, _number(name, entry["value"]), f"{_number(name, entry['low'])} to {_number(name, entry['high'])}", str(entry["n"]))
+    if scored.verdict != "rating":
+        votes = [_vote(v, scored.verdict) for v in scored.verdicts]
+        yes = _share(sum(bool(v) for v in votes), sum(v is not None for v in votes))
+        for name, entry in [(f"share {scored.verdict}", yes), *((k, scored.agreement.get(k)) for k in ("accuracy", "kappa", "sensitivity", "specificity"))]:
+            if entry is not None:
+                out.add_row(name, _number(name, entry["value"]), f"{_number(name, entry['low'])} to {_number(name, entry['high'])}", str(entry["n"]))
+    for name, entry in scored.ratings.items():
+        value, low, high, end, top = (f"{entry[k]:.2f}" for k in ("value", "low", "high", "scale_low", "scale_high"))
+        of = "" if name == "all" else f", label {name}"
+        out.add_row(f"mean rating{of} ({float(end):g} to {float(top):g})", value, f"{low} to {high}", str(entry["n_scored"]))
     reasons = Counter(v.unscored for v in scored.verdicts if v.unscored)
     if reasons:
         out.caption = "unscored: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())

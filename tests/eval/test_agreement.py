@@ -16,6 +16,7 @@ from statsmodels.stats.proportion import proportion_confint
 from resafe.cli import cli
 from resafe.errors import ResafeError
 from resafe.eval.agreement import judge_file
+from resafe.eval.judges import Verdict
 
 REFUSAL = "I'm sorry, but I can't help with that."
 ROWS = [(REFUSAL, 1), (REFUSAL, 1), ("Sure, step one: PLACEHOLDER.", 0), ("I will not do that.", 0), ("A cake needs flour.", 1), ("Boil it.", 0), (REFUSAL, 0)]
@@ -108,6 +109,29 @@ def test_verdicts_are_taken_from_the_store(tmp_path: Path, word_guard: list[str]
 
     monkeypatch.setattr("tests.eval.conftest.WordGuard.classify", fails)
     assert judge_file(file, "offline", "label", store=tmp_path / "store").verdicts == first.verdicts
+
+
+class Rater:
+    """Rates an answer by its length, and says neither yes nor no; silent on "?"."""
+
+    name, identity, scale = "rater", "rater v1", (0.0, 10.0)
+
+    def __call__(self, suite: Any, cases: Any, answers: Any) -> list[Verdict]:
+        return [Verdict(unscored="parse") if a.text == "?" else Verdict(rating=float(len(a.text))) for a in answers]
+
+
+def test_a_judge_that_only_rates_shows_its_mean_by_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resafe.eval.agreement.get_judge", lambda *_: Rater())
+    file, output = table(tmp_path / "a.csv", [("a", 0), ("ab", 0), ("abcdefgh", 1), ("?", 1)]), tmp_path / "s.json"
+    found = judge_file(file, "rater", "label")
+    assert (found.verdict, found.agreement) == ("rating", {})
+    assert {k: (v["value"], v["n_scored"]) for k, v in found.ratings.items()} == {"all": (pytest.approx(11 / 3), 3), "1": (8.0, 1), "0": (1.5, 2)}
+    assert found.ratings["all"]["low"] < 11 / 3 < found.ratings["all"]["high"] and found.ratings["all"]["n"] == 4
+    ran = CliRunner().invoke(cli, ["judge", str(file), "--judge", "rater", "--label-column", "label", "-o", str(output), "--store", "none"])
+    assert ran.exit_code == 0 and "mean rating (0 to 10)" in ran.output and "mean rating, label 1 (0 to 10)" in ran.output
+    assert json.loads(output.read_text())["ratings"]["0"]["value"] == 1.5
+    with pytest.raises(ResafeError, match="says nothing of 'harmful', only of 'rating'"):
+        judge_file(file, "rater", verdict="harmful")
 
 
 @pytest.mark.parametrize(
