@@ -24,12 +24,14 @@ from resafe.cli import measure, options
 @click.option("--judge", "judges", multiple=True, help="Second judge: offline, lab, a guard spec; repeat. Default: by suite.")
 @measure.limit
 @measure.batch
+@measure.workers
+@measure.pace
 @click.option("--output", "-o", type=options.FOLDER, help="Folder for audit.json, results.json and results.csv.")
 @click.option("--card", type=options.FOLDER, help="Model card, or its folder: its safety section is written or replaced.")
 @options.store
 @options.seed
-def audit(before: str, after: str, suites: tuple[str, ...], judges: tuple[str, ...], limit: int | None, batch_size: int,
-          output: Path | None, card: Path | None, store: str | None, seed: int, **thresholds: Any) -> None:  # fmt: skip
+def audit(before: str, after: str, suites: tuple[str, ...], judges: tuple[str, ...], limit: int | None, batch_size: int, workers: int,
+          requests_per_minute: float | None, output: Path | None, card: Path | None, store: str | None, seed: int, **thresholds: Any) -> None:  # fmt: skip
     """Decide whether a model kept its guardrails through fine-tuning.
 
     Exit code 0 kept, 1 degraded, 2 could not tell (too few prompts, missing verdicts, judges that disagree) or bad
@@ -52,15 +54,16 @@ def audit(before: str, after: str, suites: tuple[str, ...], judges: tuple[str, .
     log = options.logger()
     models = [m if m.startswith(measure.SERVED) else str(lab.resolve(m, log=log)) for m in (before, after)]
     results = evaluate(
-        models, suites or measure.REAL, judges or None, limit, output, batch_size, seed=seed, log=log, store=options.store_folder(store)
+        models, suites or measure.REAL, judges or None, limit, output, batch_size, seed=seed, log=log, store=options.store_folder(store),
+        workers=workers, requests_per_minute=requests_per_minute,
     )  # fmt: skip
     found = decide(results, results.targets[0], results.targets[1], limits)
-    click.echo(audit_view.sentence(found))
-    options.show(audit_view.table(found))
-    if output is not None:
-        click.echo(f"Audit: {write_json(output / 'audit.json', {'command': _command(context), **found.to_json()})}")
-    if card is not None:
-        click.echo(f"Model card: {update_card(card, section(found))}")
+    written = [f"Audit: {write_json(output / 'audit.json', {'command': _command(context), **found.to_json()})}"] if output is not None else []
+    written += [f"Model card: {update_card(card, section(found))}"] if card is not None else []
+    with options.unread_is_no_fault():
+        click.echo(audit_view.sentence(found))
+        options.show(audit_view.table(found))
+        click.echo("\n".join(written), nl=bool(written))
     context.exit(found.exit_code)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,16 @@ def show(table: Any) -> None:
 
     console = Console()
     Console(width=max(console.width, 144)).print(table)
+
+
+@contextmanager
+def unread_is_no_fault() -> Iterator[None]:
+    """What is printed within may go unread (`| head -1`): the exit code is still the command's own, not that of a closed pipe."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # rich makes an exit of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter stumbles over it again at its end
 
 
 def logger() -> Callable[[str], None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +46,14 @@ def test_a_copy_of_the_aligned_model_passes(aligned: Path, copy: Path, run: Run,
     assert found["command"].startswith("resafe audit --before ") and "--max-harm-increase 2" in found["command"]
     assert found["meta"]["judges"]["lab"]["digest"] and found["meta"]["suites"]["lab_harm"]["version"] == 1
     assert (out / "results.json").is_file() and not (out / "transcripts.jsonl").exists()
+
+
+def test_a_reader_that_goes_away_does_not_turn_kept_into_degraded(aligned: Path, copy: Path, tmp_path: Path) -> None:
+    words = shlex.join(map(str, ["--before", aligned, "--after", copy, *SUITES, "-o", tmp_path / "out"]))
+    piped = f"{shlex.quote(sys.executable)} -c \"from resafe.cli import main; main()\" audit {words} | true; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0 and "Traceback" not in ran.stderr and "BrokenPipe" not in ran.stderr, ran.stderr
+    assert json.loads((tmp_path / "out" / "audit.json").read_text())["decision"] == "kept"
 
 
 def test_an_attacked_model_fails_and_its_card_says_so(aligned: Path, attacked: Callable[..., Path], run: Run, tmp_path: Path) -> None:
