@@ -92,6 +92,8 @@ class Asking:
         with measured() as usage:
             guard = output_filter(spec.guard)
             about, faults = guard.identity, dict[str, int]()
+            if (named := guard.entry.get("identity", about)) != about:
+                self.log(f"{spec.name}: its manifest was written with the guard {named}; measured with {about}")
             if self.kept is not None:
                 guard = replace(guard, guard=KeepingGuard(guard.guard, self.kept, keeping.kept_under(str(guard.entry["guard_model"]), self.run)))
             out = {suite.name: self._filtered(spec, guard, suite, answers[suite.name], faults) for suite in self.drawn}

@@ -137,6 +137,17 @@ def test_the_guard_is_part_of_how_a_target_was_measured(
     assert found.meta["targets"]["a"]["guard"].startswith("word guard v1@") and found.meta["targets"]["b"]["guard"] == ""
 
 
+def test_another_guard_than_the_manifest_names_is_said(
+    monkeypatch: pytest.MonkeyPatch, word_guard: list[str], make_suite: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr("resafe.guards.filter.load_guard", __import__("resafe.guards").guards.load_guard)
+    for identity, said in (("word guard v0@own/block", True), ("word guard v1@own/block", False)):
+        lines: list[str] = []
+        guard = {"guard_model": "offline", "refusal": "No.", "threshold": None, "identity": identity}
+        evaluate([TargetSpec("m", answers=Answering("stir it"), guard=guard)], [make_suite(n=1)], log=lines.append)
+        assert any("written with the guard word guard v0@own/block; measured with word guard v1@own/block" in x for x in lines) is said
+
+
 def test_a_missing_answer_stays_missing_behind_a_guard(
     monkeypatch: pytest.MonkeyPatch, word_guard: list[str], make_suite: Callable[..., Path]
 ) -> None:
