@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from statsmodels.stats.proportion import proportion_confint
 from resafe.eval.stats import (
     cluster_bootstrap,
     clustered_interval,
-    kappa_interval,
     mean_interval,
     paired_mean_difference,
     tango_limits,
     wilson,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from coverage_agreement import Limits, Point, covered, drawn_judges, drawn_panels, simulated_kappa, simulated_panels  # noqa: E402
 
 RESULT = Path(__file__).resolve().parent / "results" / "coverage.json"
 Z = 1.959963984540054  # of 95 %
@@ -67,9 +70,6 @@ CHANGES = (  # before, after, share of prompts whose value is drawn again
     ("share, 60 % zero", "share, 90 % zero", 0.7), ("five answers, 2 %", "five answers, 2 %", 1.0),
     ("five answers, 50 %", "five answers, 50 %", 0.1), ("five answers, 50 %", "five answers, 10 %", 0.5),
 )  # fmt: skip
-Point = dict[str, Any]
-Limits = tuple[float, float]
-
 
 def main() -> None:
     """Measure and write the committed JSON."""
@@ -144,13 +144,6 @@ def _likely(n: int, p: float) -> Any:
     return np.arange(max(0, int(low)), int(high) + 1)
 
 
-def _covered(truth: float, draw: Callable[[], Limits], trials: int) -> dict[str, Any]:
-    """Coverage and mean width of what `draw` returns."""
-    limits = np.array([draw() for _ in range(trials)])
-    inside = (limits[:, 0] <= truth + 1e-12) & (truth - 1e-12 <= limits[:, 1])
-    return {"coverage": float(inside.mean()), "width": float((limits[:, 1] - limits[:, 0]).mean()), "trials": trials}
-
-
 def simulated_mean(trials: int, sizes: Iterable[int] = SIZES, method: str = "score") -> Iterator[Point]:
     """`mean_interval`, or a bootstrap in its place, of columns as judges return them."""
     for n in sizes:
@@ -163,7 +156,7 @@ def simulated_mean(trials: int, sizes: Iterable[int] = SIZES, method: str = "sco
 
             most = values[int(np.argmax(chances))]
             point = {"n": n, "column": name, "expected": n * float(chances[values != most].sum())}
-            yield {**point, **_covered(float(values @ chances), draw, trials)}
+            yield {**point, **covered(float(values @ chances), draw, trials)}
 
 
 def drawn_means(trials: int, count: int = 48, seed: int = 20261128) -> Iterator[Point]:
@@ -178,7 +171,7 @@ def drawn_means(trials: int, count: int = 48, seed: int = 20261128) -> Iterator[
             return mean_interval(rng.choice(values, size=n, p=chances).tolist(), 0, 1)
 
         point = {"n": n, "column": f"drawn {i}", "expected": n * float(1 - chances.max())}
-        yield {**point, **_covered(float(values @ chances), draw, trials)}
+        yield {**point, **covered(float(values @ chances), draw, trials)}
 
 
 def exact_two_values(trials: int = 0, sizes: Iterable[int] = (50, 100, 330)) -> Iterator[Point]:
@@ -230,7 +223,7 @@ def simulated_difference(trials: int, points: Iterable[Moved] | None = None, met
             return paired_mean_difference(x.tolist(), y.tolist(), 0, 1)[1:]
 
         truth, changed = moved * float(values @ (second - first)), n * moved * float(1 - first @ second)
-        yield {"n": n, "columns": name, "moved": moved, "expected": changed, **_covered(truth, draw, trials)}
+        yield {"n": n, "columns": name, "moved": moved, "expected": changed, **covered(truth, draw, trials)}
 
 
 def simulated_rare_changes(trials: int, sizes: Iterable[int] = (50, 100, 330)) -> Iterator[Point]:
@@ -245,45 +238,7 @@ def simulated_rare_changes(trials: int, sizes: Iterable[int] = (50, 100, 330)) -
                 return paired_mean_difference(before.tolist(), (before + changes).tolist(), 0, 1)[1:]
 
             point = {"n": n, "step": step, "some": some, "rare": rare, "expected": n * (some + rare)}
-            yield {**point, **_covered(rare - some * step, draw, trials)}
-
-
-Judged = tuple[int, float, float, float]  # rows, share labelled yes, sensitivity, specificity
-JUDGED: list[Judged] = [
-    (n, yes, *judge) for n in (20, 50, 100, 330) for yes in (0.1, 0.3, 0.5)
-    for judge in ((0.98, 0.98), (0.9, 0.9), (0.95, 0.7), (0.7, 0.95))
-]  # fmt: skip
-
-
-def drawn_judges(count: int = 48, seed: int = 20261129) -> list[Judged]:
-    """Points drawn at random: 20 to 520 rows, 5 to 60 % of them labelled yes, judges from poor to nearly perfect."""
-    rng = np.random.default_rng(seed)
-    return [(int(rng.integers(20, 521)), *rng.uniform((0.05, 0.5, 0.6), (0.6, 0.995, 0.995)).tolist()) for _ in range(count)]
-
-
-def simulated_kappa(trials: int, points: Iterable[Judged] = (), method: str = "") -> Iterator[Point]:
-    """`kappa_interval` of a judge against labels, or the percentile bootstrap over rows in its place."""
-    for n, yes, sensitivity, specificity in points or JUDGED:
-        shares = np.array([yes * sensitivity, yes * (1 - sensitivity), (1 - yes) * (1 - specificity), (1 - yes) * specificity])
-        rng = np.random.default_rng(n)
-
-        def draw(n: int = n, shares: Any = shares, rng: Any = rng) -> Limits:
-            found = rng.multinomial(n, shares)
-            if method == "percentile":
-                low, high = np.quantile([kappa(x / n) for x in rng.multinomial(n, found / n, 999)], [0.025, 0.975])
-                return float(low), float(high)
-            return kappa_interval([True] * (found[0] + found[1]) + [False] * (found[2] + found[3]),
-                                  [True] * found[0] + [False] * found[1] + [True] * found[2] + [False] * found[3])  # fmt: skip
-
-        point = {"n": n, "yes": yes, "sensitivity": sensitivity, "specificity": specificity, "expected": n * float(shares[1] + shares[2])}
-        yield {**point, **_covered(kappa(shares), draw, trials)}
-
-
-def kappa(shares: Any) -> float:
-    """Of a table's shares: both yes, first only, second only, both no; 1 where only one thing is said."""
-    a, b, c, d = shares
-    chance = (a + b) * (a + c) + (c + d) * (b + d)
-    return float((a + d - chance) / (1 - chance)) if chance < 1 else 1.0
+            yield {**point, **covered(rare - some * step, draw, trials)}
 
 
 def bootstrap(x: Any, method: str, rng: Any) -> Limits:
@@ -329,7 +284,7 @@ def simulated_categories(
             return cluster_bootstrap(x, labels, resamples=500)
 
         point = {"n": n, "categories": len(groups), "log_odds": middle, "spread": spread}
-        yield {**point, **_covered(_mean_rate(middle, spread), draw, trials)}
+        yield {**point, **covered(_mean_rate(middle, spread), draw, trials)}
 
 
 def _mean_rate(middle: float, spread: float) -> float:
@@ -373,7 +328,7 @@ def simulated_seeds(
             return interval((rng.random((n, count)) < special.expit(odds)).ravel(), prompts, seeds)
 
         truth = _mean_rate(middle, float(np.hypot(2, spread)))
-        yield {"n": n, "log_odds": middle, "seed_spread": spread, "seeds": count, **_covered(truth, draw, trials)}
+        yield {"n": n, "log_odds": middle, "seed_spread": spread, "seeds": count, **covered(truth, draw, trials)}
 
 
 def simulated_seed_changes(
@@ -393,7 +348,7 @@ def simulated_seed_changes(
 
         truth = _mean_rate(middle + shift, float(np.hypot(2, spread))) - _mean_rate(middle, 2)
         point = {"n": n, "log_odds": middle, "shift": shift, "seed_spread": spread, "seeds": count}
-        yield {**point, **_covered(truth, draw, trials)}
+        yield {**point, **covered(truth, draw, trials)}
 
 
 def pooled(votes: Any, prompts: list[str], seeds: list[str]) -> Limits:
@@ -435,9 +390,16 @@ METHODS: dict[str, Callable[[int], Iterator[Point]]] = {
     "clustered_interval, changes over seeds drawn": lambda trials: simulated_seed_changes(clustered_changes, trials // 2, drawn_seeds()),
     "pool": lambda trials: simulated_seeds(pooled, trials // 10),
     "difference": lambda trials: simulated_seed_changes(compared, trials // 10),
+    "kappa over targets": lambda trials: simulated_panels("kappa", trials // 10),
+    "kappa over targets, drawn": lambda trials: simulated_panels("kappa", trials // 10, drawn_panels()),
+    "agreement over targets": lambda trials: simulated_panels("agreement", trials // 10),
+    "agreement over targets, drawn": lambda trials: simulated_panels("agreement", trials // 10, drawn_panels()),
+    "alpha_interval": lambda trials: simulated_panels("alpha", trials // 10),
+    "alpha_interval, drawn": lambda trials: simulated_panels("alpha", trials // 10, drawn_panels()),
     "kappa_interval": lambda trials: simulated_kappa(trials // 2),
     "kappa_interval, drawn": lambda trials: simulated_kappa(trials // 2, drawn_judges()),
     "alternative: percentile bootstrap of kappa": lambda trials: simulated_kappa(trials // 8, method="percentile"),
+    "alternative: kappa over targets, answers taken for independent": lambda trials: simulated_panels("kappa", trials // 10, clustered=False),
     "alternative: newcombe": lambda trials: exact_paired(newcombe),
     "alternative: percentile bootstrap of a mean": lambda trials: simulated_mean(trials // 4, (50, 100), "percentile"),
     "alternative: BCa bootstrap of a mean": lambda trials: simulated_mean(trials // 4, (50, 100), "BCa"),
