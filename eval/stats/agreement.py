@@ -78,13 +78,13 @@ def alpha_interval(columns: Sequence[Sequence[bool | None]], clusters: Sequence[
 
 
 def _design_effect(terms: Array, clusters: Sequence[Hashable] | None) -> float:
-    """By how much rows [n] that share a cluster are worth less than n independent ones; where no term varies, the clusters count."""
+    """By how much rows [n] that share a cluster are worth less than n independent ones; where no term varies, or one cluster has all, the clusters count."""
     if clusters is None:
         return 1.0
     codes, terms = np.unique([str(c) for c in clusters], return_inverse=True)[1], terms - terms.mean()
-    spread = float((terms**2).sum())
-    if spread < len(terms) * EXACT**2:
-        return len(terms) / (int(codes.max()) + 1)
+    groups, spread = int(codes.max()) + 1, float((terms**2).sum())
+    if groups == 1 or spread < len(terms) * EXACT**2:
+        return len(terms) / groups
     return max(1.0, float((np.bincount(codes, weights=terms) ** 2).sum()) / spread)
 
 

@@ -60,7 +60,8 @@ def unread_is_no_fault() -> Iterator[None]:
     """What is printed within may go unread (`| head -1`): the exit code is still the command's own, not that of a closed pipe."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (BrokenPipeError, SystemExit):  # rich makes an exit of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter stumbles over it again at its end
 
@@ -70,4 +71,11 @@ def logger() -> Callable[[str], None]:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
-    return lambda line: console.print(line, style="dim", markup=False, soft_wrap=True)  # one line stays one line in a log
+
+    def say(line: str) -> None:
+        try:
+            console.print(line, style="dim", markup=False, soft_wrap=True)  # one line stays one line in a log
+        except (BrokenPipeError, SystemExit):  # nobody reads it (rich makes an exit of that): the work goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    return say

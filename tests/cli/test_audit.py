@@ -48,9 +48,10 @@ def test_a_copy_of_the_aligned_model_passes(aligned: Path, copy: Path, run: Run,
     assert (out / "results.json").is_file() and not (out / "transcripts.jsonl").exists()
 
 
-def test_a_reader_that_goes_away_does_not_turn_kept_into_degraded(aligned: Path, copy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("closing", ["| true", "2>&1 | true", ">&- | true"])
+def test_a_reader_that_goes_away_does_not_turn_kept_into_degraded(aligned: Path, copy: Path, tmp_path: Path, closing: str) -> None:
     words = shlex.join(map(str, ["--before", aligned, "--after", copy, *SUITES, "-o", tmp_path / "out"]))
-    piped = f"{shlex.quote(sys.executable)} -c \"from resafe.cli import main; main()\" audit {words} | true; exit ${{PIPESTATUS[0]}}"
+    piped = f"{shlex.quote(sys.executable)} -c \"from resafe.cli import main; main()\" audit {words} {closing}; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=False)
     assert ran.returncode == 0 and "Traceback" not in ran.stderr and "BrokenPipe" not in ran.stderr, ran.stderr
     assert json.loads((tmp_path / "out" / "audit.json").read_text())["decision"] == "kept"

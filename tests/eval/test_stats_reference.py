@@ -125,6 +125,8 @@ def test_an_answer_that_comes_again_for_its_prompt_tells_nothing_new(missing: fl
     first, second = ([bool(v) for v in column] for column in columns[:2])
     assert kappa_interval(first * 3, second * 3, prompts * 3) == pytest.approx(kappa_interval(first, second), abs=1e-9)
     assert kappa_interval(first, second, prompts) == pytest.approx(kappa_interval(first, second), abs=1e-9)
+    low, high = kappa_interval(first, second, ["p"] * 50)
+    assert high - low > 1.2  # one prompt says next to nothing of others
     agreed = [True] * 10 + [False] * 40
     assert kappa_interval(agreed * 3, agreed * 3, prompts * 3) == pytest.approx(kappa_interval(agreed, agreed), abs=1e-9)
 

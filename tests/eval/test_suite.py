@@ -123,7 +123,7 @@ def test_what_is_wrong_is_said(make_suite: Make, more: dict[str, str], message: 
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words"])
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words", "a: 2024-13-45", "max_new_tokens: !!int x"])
 def test_a_file_that_is_no_suite_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ResafeError, match="x.yaml"):
