@@ -135,6 +135,27 @@ def test_seeds_that_share_a_baseline_do_not_make_a_test_of_chance() -> None:
     assert all((f["p"] < 0.05) == (not f["low"] <= 0 <= f["high"]) for f in found)
 
 
+def test_two_seeds_that_share_a_baseline_have_no_test_of_these_models_and_others_are_corrected_together() -> None:
+    results = Results()
+    add(results, "tuned", [True] * 8 + [False] * 2)
+    for seed in (0, 1):
+        for method, left in (("m", 1), ("n", 5)):
+            add(results, f"{method}{seed}", [True] * left + [False] * (10 - left), mitigation=method, seed=seed)
+    assert [r["p_models"] for r in compare_groups(results)] == [None, None]
+    for seed in (0, 1):
+        add(results, f"own{seed}", [True] * 8 + [False] * 2, seed=seed, attack="b")
+        for method, left in (("m", 1), ("n", 5)):
+            add(results, f"b-{method}{seed}", [True] * left + [False] * (10 - left), mitigation=method, seed=seed, attack="b")
+    found = {r["mitigation"]: r for r in compare_groups(results) if r["attack"] == "b"}
+    assert found["m"]["p_models"] == pytest.approx(2 / 2**7) and found["m"]["p_models_holm"] == pytest.approx(2 * 2 / 2**7)
+
+
+def test_a_change_over_seeds_is_of_the_pairs_that_were_scored_and_lies_in_its_interval() -> None:
+    votes = [("p0", f"s{s}", False, True) for s in range(3)] + [(f"p{i}", "s0", True, True) for i in range(1, 9)]
+    found = difference(votes)
+    assert found["difference"] == pytest.approx(3 / 11) and found["low"] <= found["difference"] <= found["high"]
+
+
 def test_groups_against_the_model_before_fine_tuning() -> None:
     found = {r["mitigation"]: r for r in compare_groups(seeded(), "before fine-tuning")}
     assert {(f["p_models"], f["p_models_holm"]) for f in found.values()} == {(None, None)}  # one model before, three after

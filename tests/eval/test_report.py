@@ -226,6 +226,7 @@ def test_three_judges_have_an_alpha_with_its_interval() -> None:
         results.add({"target": target, "attack": None, "mitigation": None, "seed": None, "suite": "harm"}, "harmful", items)
     *_, row = agreement(results)
     assert row["second"] == "all of them" and row["n"] == 40 and row["kappa"] is None
+    assert row["low"] < wilson(19, 20)[0] < wilson(38, 40)[0]  # 20 prompts, which both models answered alike
     assert -1 < row["alpha_low"] < row["alpha"] < row["alpha_high"] <= 1
 
 

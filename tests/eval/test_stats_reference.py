@@ -127,6 +127,8 @@ def test_an_answer_that_comes_again_for_its_prompt_tells_nothing_new(missing: fl
     assert kappa_interval(first, second, prompts) == pytest.approx(kappa_interval(first, second), abs=1e-9)
     low, high = kappa_interval(first, second, ["p"] * 50)
     assert high - low > 1.2  # one prompt says next to nothing of others
+    alternating = [v for pair in zip(first, [not v for v in first]) for v in pair], [v for pair in zip(first, first) for v in pair]
+    assert kappa_interval(*alternating, [i // 2 for i in range(100)]) == kappa_interval(*alternating)  # unlike answers are worth no more than independent ones
     agreed = [True] * 10 + [False] * 40
     assert kappa_interval(agreed * 3, agreed * 3, prompts * 3) == pytest.approx(kappa_interval(agreed, agreed), abs=1e-9)
 
