@@ -17,7 +17,7 @@ from resafe.heldout import evaluation_prompts
 from resafe.rows import key, read_jsonl, user_text
 
 PACK = Path(__file__).parent.parent / "resafe/data/safety_pack/pack.jsonl"
-PREMISES = Path(__file__).parent / "premises.yaml"
+PREMISES, TERSE = (Path(__file__).parent / name for name in ("premises.yaml", "terse.yaml"))
 MODELS = ("llama2orig", "mistralinstruct")
 TEMPLATES = 77  # gptfuzz: every question was asked in 77 jailbreak templates, in one order
 FILES = (
@@ -48,7 +48,7 @@ def read_csv(file: Path) -> list[dict[str, str]]:
 
 
 def hashes(data: Path) -> dict[str, str]:
-    return {f: file_digest(data / f) for f in FILES} | {f.name: file_digest(f) for f in (PACK, PREMISES)}
+    return {f: file_digest(data / f) for f in FILES} | {f.name: file_digest(f) for f in (PACK, PREMISES, TERSE)}
 
 
 def gptfuzz(data: Path) -> list[Labelled]:
@@ -99,6 +99,15 @@ def premises(seed: int = 0) -> list[Labelled]:
                 row = exchange(*(t[0].upper() + t[1:] for t in texts))
                 found.append(Labelled(row, harm=0, refusal=case["refused"], question=answer))
     return found
+
+
+def terse(seed: int = 0) -> list[Labelled]:
+    """Refusals and answers of a sentence or two, without prompts: people's labels are of long ones."""
+    corpus = yaml.safe_load(TERSE.read_text(encoding="utf-8"))
+    rng = random.Random(seed)
+    filled = [t.format(do=do) for t in corpus["refusals"] for do in (rng.sample(corpus["do"], corpus["sample"]) if "{do}" in t else [""])]
+    texts = [(t + rng.choice(corpus["tails"]), 1) for t in filled] + [(t, 0) for t in corpus["answers"]]
+    return [Labelled(exchange("", text), harm=0, refusal=refused, question=text) for text, refused in texts]
 
 
 def gsm8k(data: Path, n: int = 300) -> list[Labelled]:

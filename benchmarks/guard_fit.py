@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 from resafe.files import digest
 from resafe.guards._logistic import logistic
 from resafe.guards.encoder import Encoder, mixed
-from resafe.guards.linear import LinearGuard
+from resafe.guards.linear import LinearGuard, reading
 
 HARM: dict[str, Any] = {"bits": 18, "l2": 0.3, "balanced": True, "seed": 0, "alone": True}
 REFUSAL: dict[str, Any] = {**HARM, "l2": 1.0, "signals": True}
@@ -37,14 +37,15 @@ class Sources:
     gsm8k: list[Labelled]
     hh: list[Labelled]
     premises: list[Labelled]
+    terse: list[Labelled]
 
     @classmethod
     def read(cls, data: Path) -> Sources:
         xstest = {m: guard_data.xstest(data, m) for m in MODELS}
-        return cls(guard_data.gptfuzz(data), xstest, guard_data.pack(), guard_data.gsm8k(data), guard_data.hh_rlhf(data), guard_data.premises())
+        return cls(guard_data.gptfuzz(data), xstest, guard_data.pack(), guard_data.gsm8k(data), guard_data.hh_rlhf(data), guard_data.premises(), guard_data.terse())
 
     def everything(self) -> list[Labelled]:
-        return [*self.gptfuzz, *(r for m in MODELS for r in self.xstest[m]), *self.pack, *self.gsm8k, *self.hh, *self.premises]
+        return [*self.gptfuzz, *(r for m in MODELS for r in self.xstest[m]), *self.pack, *self.gsm8k, *self.hh, *self.premises, *self.terse]
 
     def harm(self, labelled: Sequence[Labelled], models: Sequence[str] = MODELS, prompts: frozenset[str] | None = None) -> list[Labelled]:
         """Rows for a harm head: some of gptfuzz, and harmless rows; `prompts` limits those of XSTest."""
@@ -52,8 +53,9 @@ class Sources:
         return [*labelled, *self.pack, *self.gsm8k, *random.Random(0).sample(self.hh, HH_SAMPLE), *answers]
 
     def refusal(self, models: Sequence[str]) -> list[Labelled]:
-        """Rows for a refusal head: completions of these models, some of the safety pack, and answers to jailbreaks."""
-        return [*(r for m in models for r in self.xstest[m]), *random.Random(0).sample(self.pack, PACK_SAMPLE), *self.broken(), *self.premises]
+        """Rows for a refusal head: completions of these models, some of the safety pack, answers to jailbreaks, and what we wrote for it."""
+        people = [r for m in models for r in self.xstest[m]]
+        return [*people, *random.Random(0).sample(self.pack, PACK_SAMPLE), *self.broken(), *self.premises, *self.terse]
 
     def broken(self, held_out: bool = False) -> list[Labelled]:
         """Harmful answers of gptfuzz as answers that do not refuse: a sample to fit on, or all with other questions and templates."""
@@ -99,12 +101,13 @@ class Features:
                 if str(stored["encoder"]) == encoder.sha256:
                     self.known = dict(zip(stored["keys"].tolist(), stored["rows"]))
 
-    def __call__(self, rows: Sequence[Labelled]) -> Any:
-        """[rows, features]"""
-        keys = [digest(list(r.exchange)) for r in rows]
-        new = {k: r for k, r in zip(keys, rows) if k not in self.known}
+    def __call__(self, head: str, rows: Sequence[Labelled]) -> Any:
+        """What `head` reads, [rows, features]; harm without conversations: not all rows have one, and which have must tell nothing of it."""
+        exchanges = reading(head, [([], r.exchange[1]) if head == "harm" else r.exchange for r in rows])
+        keys = [digest(list(e)) for e in exchanges]
+        new = {k: e for k, e in zip(keys, exchanges) if k not in self.known}
         if new:
-            found = self.encoder.features([r.exchange for r in new.values()]).astype(np.float16)
+            found = self.encoder.features(list(new.values())).astype(np.float16)
             self.known |= dict(zip(new, found))
             if self.cache is not None:
                 np.savez(self.cache, encoder=self.encoder.sha256, keys=np.array(list(self.known)), rows=np.stack(list(self.known.values())))
@@ -115,23 +118,18 @@ def fit_head(features: Any, target: Sequence[int], weight: Any = None) -> Head:
     return Head(*logistic(csr_matrix(features), np.array(target, dtype=np.float64), HEAD_L2, True, weight))
 
 
-def alone(rows: Sequence[Labelled]) -> list[Labelled]:
-    """The rows without their conversations: not all rows have one, and which have must tell nothing of harm."""
-    return [replace(r, exchange=([], r.exchange[1])) for r in rows]
-
-
 def harm_head(embed: Features, rows: Sequence[Labelled]) -> Head:
-    return fit_head(embed(alone(rows)), [r.harm or 0 for r in rows])
+    return fit_head(embed("harm", rows), [r.harm or 0 for r in rows])
 
 
 def refusal_head(embed: Features, sources: Sources, models: Sequence[str], offline: LinearGuard) -> Head:
     """Fitted on people's labels and the safety pack, then on replies that both judges together are sure of, ROUNDS times."""
     people = [r for m in models for r in sources.xstest[m]]
-    parts = ((people, 1.0), (sources.pack, PACK_WEIGHT), (sources.broken(), BROKEN_WEIGHT), (sources.premises, PACK_WEIGHT))
+    parts = ((people, 1.0), (sources.pack, PACK_WEIGHT), (sources.broken(), BROKEN_WEIGHT), (sources.premises, PACK_WEIGHT), (sources.terse, PACK_WEIGHT))
     told = [r for rows, _ in parts for r in rows]
     weight = np.array([w for rows, w in parts for _ in rows])
     labels = np.array([r.refusal for r in told])
-    known, loose = embed(told), embed(sources.hh)
+    known, loose = embed("refusal", told), embed("refusal", sources.hh)
     first = offline.log_odds("refusal", [r.exchange for r in sources.hh])
     head = fit_head(known, labels.tolist(), weight)
     for _ in range(ROUNDS):

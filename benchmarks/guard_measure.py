@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from guard_data import TEMPLATES, Labelled
-from guard_fit import THRESHOLDS, Features, Sources, alone, fit_offline, harm_head, refusal_head
+from guard_fit import THRESHOLDS, Features, Sources, fit_offline, harm_head, refusal_head
 from scipy.special import expit
 
 from resafe.eval.stats import cohen_kappa, kappa_interval, mcnemar_exact, paired_difference, wilson
@@ -56,7 +56,7 @@ def judge_refusal(sources: Sources, embed: Features | None, fitted: str, rows: S
     odds = {"offline": offline.log_odds("refusal", [r.exchange for r in rows])}
     if embed is not None:
         head = refusal_head(embed, sources, [fitted], offline)
-        odds["encoder"] = mixed("refusal", odds["offline"], head.log_odds(embed(rows)))
+        odds["encoder"] = mixed("refusal", odds["offline"], head.log_odds(embed("refusal", rows)))
     judged = Judged()
     judged.add(list(truth), strings(rows, True), odds)
     return judged
@@ -80,7 +80,7 @@ def judge_harm(sources: Sources, embed: Features | None, templates: bool = True)
         offline = fit_offline(fitted, [])
         odds = {"offline": offline.log_odds("harm", [r.exchange for r in rows])}
         if embed is not None:
-            odds["encoder"] = mixed("harm", odds["offline"], harm_head(embed, fitted).log_odds(embed(alone(rows))))
+            odds["encoder"] = mixed("harm", odds["offline"], harm_head(embed, fitted).log_odds(embed("harm", rows)))
         judged.add([bool(r.harm) for r in rows], strings(rows, False), odds, THRESHOLDS)
     return judged
 
@@ -98,7 +98,7 @@ def judge_answers(sources: Sources, embed: Features | None, model: str, fitted: 
         known = sources.harm(sources.gptfuzz, [fitted], frozenset(questions) - held)
         odds = {"offline": fit_offline(known, []).log_odds("harm", [r.exchange for r in rows])}
         if embed is not None:
-            odds["encoder"] = mixed("harm", odds["offline"], harm_head(embed, known).log_odds(embed(alone(rows))))
+            odds["encoder"] = mixed("harm", odds["offline"], harm_head(embed, known).log_odds(embed("harm", rows)))
         for safe, found in judged.items():
             of = [i for i, r in enumerate(rows) if r.safe_prompt == safe]
             found.add([False] * len(of), strings([rows[i] for i in of], False), {j: v[of] for j, v in odds.items()}, THRESHOLDS)

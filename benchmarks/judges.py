@@ -19,10 +19,11 @@ import yaml
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results/judges.json"
 README = HERE.parent / "resafe/data/guard/README.md"
-INJECTIONS, BLIND = (HERE.parent / "tests/guards" / name for name in ("injections.yaml", "injections_blind.yaml"))
+INJECTIONS, BLIND, MIXED = (HERE.parent / "tests/guards" / f"injections{name}.yaml" for name in ("", "_blind", "_mixed"))
 NAMES = {"llama2orig": "Llama 2", "mistralinstruct": "Mistral"}
 BEGIN, END = "<!-- judges.json -->", "<!-- end -->"
 SHIPPED = ("rules", "offline", "encoder")
+BETWEEN = {"start": "\n", "end": "\n", "same": " ", "end_same": " "}  # an injected text and the answer
 
 
 def measure(data: Path, cache: Path | None) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def measure(data: Path, cache: Path | None) -> dict[str, Any]:
         "harm_flagged_on_xstest": answers(sources, embed),
         "harm_flagged_on_jailbreakbench_openings": openings(),
         "injections": injections(sources),
-        "ordinary_answers_changed_by_cleaning": changed(sources),
+        "ordinary_answers_changed": changed(sources),
     }
 
 
@@ -95,27 +96,35 @@ def openings() -> dict[str, Any]:
 
 
 def injected(case: dict[str, str], base: str) -> str:
-    """A base answer with the injected text at the start, in the middle (after its first sentence) or at the end."""
+    """A base answer with the injected text before it, in the middle (after its first sentence) or behind it; "same": on its line."""
     text, where = case["text"].rstrip("\n"), case["at"]
-    if where == "start":
-        return f"{text}\n{base}"
-    if where == "end":
-        return f"{base}\n{text}"
+    if where in ("start", "same"):
+        return f"{text}{BETWEEN[where]}{base}"
+    if where in ("end", "end_same"):
+        return f"{base}{BETWEEN[where]}{text}"
     first, _, rest = base.partition(". ")
     return f"{first}. {text} {rest}" if rest else f"{base} {text}"
 
 
 def injections(sources: Any) -> dict[str, Any]:
-    """Verdicts of the judges that ship that an injected text turns: placeholders for refusal, public rows for harm too.
+    """Verdicts of the judges that ship that an injected text turns, on our placeholders and on public answers.
 
-    Our own texts were written beside the cleaning, those called blind without knowledge of it.
+    Our own texts were written beside the cleaning, those called blind without knowledge of it; those of the last kind are all
+    of the first two, each before the answer and on its line. Refusals: of the public answers those that all judges read as people do.
     """
+    from guard_data import MODELS
+
     from resafe.guards import load_guard
 
     corpus = yaml.safe_load(INJECTIONS.read_text(encoding="utf-8"))
     own = list(corpus["bases"].values())
-    bases = {"refusal": own, "harm": [*own, *[r.exchange[1] for r in sources.gptfuzz if r.harm == 1][::170]]}
-    kinds = {"texts": corpus["injections"], "blind texts": yaml.safe_load(BLIND.read_text(encoding="utf-8"))}
+    answers = [r for model in MODELS for r in sources.xstest[model]][::75]
+    said = [load_guard(judge).classify([r.exchange for r in answers]) for judge in SHIPPED]
+    clear = [r.exchange[1] for r, *found in zip(answers, *said) if all(v.refusal == bool(r.refusal) for v in found)]
+    bases = {"refusal": [*own, *clear], "harm": [*own, *[r.exchange[1] for r in sources.gptfuzz if r.harm == 1][::170]]}
+    blind, mixed = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in (BLIND, MIXED))
+    kinds = {"texts": corpus["injections"], "blind texts": blind, "blind texts anywhere": mixed}
+    kinds["texts before, on the line"] = [{**case, "at": "same"} for case in (*corpus["injections"], *blind)]
     found: dict[str, Any] = {}
     for judge in SHIPPED:
         for head in ("refusal", "harm")[: 1 if judge == "rules" else 2]:
@@ -138,16 +147,18 @@ def turned(guard: Any, head: str, cases: Sequence[dict[str, str]], bases: Sequen
 
 
 def changed(sources: Any) -> dict[str, Any]:
-    """Answers of which the judges leave out more than invisible characters."""
+    """Ordinary answers: of which the cleaning leaves out more than invisible characters, and which are cut before a refusal."""
     import unicodedata
 
     from guard_measure import rate
 
+    from resafe.guards._clean import clean
     from resafe.guards.rules import judged
 
     texts = [r.exchange[1] for r in sources.everything()]
-    visible = ["".join(c for c in t if unicodedata.category(c) != "Cf") for t in texts]
-    return rate(sum(judged(t) != v for t, v in zip(texts, visible)), len(texts))
+    visible, cleaned = ["".join(c for c in t if unicodedata.category(c) != "Cf") for t in texts], [clean(t) for t in texts]
+    cut = sum(judged(t) != c for t, c in zip(texts, cleaned))
+    return {"cleaned": rate(sum(c != v for c, v in zip(cleaned, visible)), len(texts)), "cut_before_a_refusal": rate(cut, len(texts))}
 
 
 def percent(found: dict[str, Any]) -> str:
@@ -205,8 +216,9 @@ def render(results: dict[str, Any]) -> str:
     for what, judged in (("refusal", results["refusal"]["both"]), ("harm", results["harm"]["questions_and_templates"])):
         lines += [f"Calibration of `offline`, {what}: of the answers with a score in a bin, the share that people say yes to:", ""]
         lines += bins(judged["offline"]["calibration"]["bins"])
-    c = results["ordinary_answers_changed_by_cleaning"]
-    return "\n".join([*lines, f"Cleaning changes {percent(c)} of {c['n']:,} ordinary answers."])
+    cleaned, cut = results["ordinary_answers_changed"].values()
+    said = f"Cleaning changes {percent(cleaned)} of {cleaned['n']:,} ordinary answers; {percent(cut)} refuse behind something, and are read from there."
+    return "\n".join([*lines, said])
 
 
 def tried(found: dict[str, Any]) -> list[list[str]]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +38,7 @@ from resafe.rows import user_text
 
 if TYPE_CHECKING:
     from resafe.generate import Answer
-    from resafe.guards import Guard
+    from resafe.guards import Exchange, Guard
     from resafe.guards import Verdict as GuardVerdict
     from resafe.store import Store
 
@@ -108,11 +108,18 @@ class GuardJudge:
             self.identity = f"{self.name} {model_fingerprint(folder)}"  # until it is loaded
 
     def __call__(self, suite: Suite, cases: Sequence[Case], answers: Sequence[Answer]) -> list[Verdict]:
-        """A begun answer is judged with its beginning."""
+        """A begun answer is judged with its beginning; whether it refuses, by a guard that looks at openings, without."""
         guard = self._loaded()
-        exchanges = [(case.messages, case.whole(answer)) for case, answer in zip(cases, answers)]
+        found = self._asked([(case.messages, case.whole(answer)) for case, answer in zip(cases, answers)])
+        begun = [i for i, case in enumerate(cases) if case.prefill] if getattr(guard, "reads_openings", False) else []
+        for i, own in zip(begun, self._asked([(cases[i].messages, answers[i].text) for i in begun]) if begun else ()):
+            if not found[i].unscored:
+                found[i] = own if own.unscored else replace(found[i], refusal=own.refusal)
+        return found
+
+    def _asked(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         try:
-            found = [_read(v) for v in guard.classify(exchanges)]
+            found = [_read(v) for v in self._loaded().classify(exchanges)]
         except ResafeError:
             raise
         except Exception as error:  # whatever a guard raises or returns, the answers stay unscored and the reason is kept

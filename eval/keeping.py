@@ -81,6 +81,7 @@ class KeepingGuard:
         """`only_for` names the run that the verdicts are kept for; without it, any run finds them."""
         self.guard, self.say = guard, say
         self.name, self.identity, self.scale = guard.name, guard.identity, guard.scale
+        self.reads_openings = bool(getattr(guard, "reads_openings", False))
         self.kept = store.log("verdicts", ["served", guard.identity, only_for] if only_for else guard.identity)
 
     def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]:

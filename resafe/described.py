@@ -31,7 +31,7 @@ def read(file: Path, what: str) -> Any:
         raise ResafeError(f"no such {what}: {file}")
     try:
         return yaml.load(file.read_text(encoding="utf-8"), Loader=_Once)
-    except (yaml.YAMLError, ValueError) as error:  # of bytes that are no UTF-8, and dates and numbers that are none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, no date, no number, too deep
         raise ResafeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

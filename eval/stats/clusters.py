@@ -38,8 +38,8 @@ def clustered_interval(
     same variance of the mean, with Student's quantile: two or three clusters say little of all others, so that the interval
     is wide; one says nothing: the whole scale. Clusters may be alike by chance: the interval is at least as wide as one
     standard error of independent rows to either side (chosen by simulation, and simulated again at points drawn
-    afterwards: benchmarks/coverage.py). One seed alone is not counted as a cluster: the interval is then about that seed. Where no value varies, the clusters count, not
-    the rows.
+    afterwards: benchmarks/coverage.py). One seed alone is not counted as a cluster: the interval is then about that seed.
+    Where no value varies, the clusters count, not the rows.
 
     Raises ResafeError for values outside the scale, labels that do not match them, and two rows for a pair.
     """
@@ -56,8 +56,9 @@ def clustered_interval(
 def crossed_test(values: Sequence[float], clusters: Sequence[Hashable], crossed: Sequence[Hashable], lo: float, hi: float) -> float:
     """Two-sided p of a mean of 0, for values [n] within [lo, hi] in crossed clusters, both drawn from many more.
 
-    Below 1 - level where `clustered_interval` excludes 0 at that level, and only there: Student's t of the score. A sign test of
-    each cluster's sum is no such test: where several seeds share what they are compared with, rises outnumber falls of the same sum.
+    Below 1 - level where `clustered_interval` excludes 0 at that level, and only there, with two seeds or more: Student's t of the score.
+    A sign test of each cluster's sum is no such test: where seeds share what they are compared with, rises outnumber falls of the same
+    sum.
     Raises ResafeError as `clustered_interval`.
     """
     x, first, second = _laid_out(values, clusters, lo, hi, crossed)

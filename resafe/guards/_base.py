@@ -34,7 +34,8 @@ class Verdict:
 class Guard(Protocol):
     """Classifies exchanges, in their order. `identity` changes whenever a verdict could: it is part of every number.
 
-    `scale` is None for guards that don't rate.
+    `scale` is None for guards that don't rate. A guard that tells refusals by how an answer opens says so with an attribute
+    `reads_openings`: of an answer that was begun for the model, it is then also shown what the model went on with, alone.
     """
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from resafe.guards._base import Exchange
-from resafe.guards.rules import is_refusal, judged
+from resafe.guards.rules import is_refusal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Weights = npt.NDArray[np.floating[Any]]
 
-VERSION = "5"  # raise it when `blocks`, `judged` or the rules change: fitted files are refused then
+VERSION = "6"  # raise it when `blocks`, what is read (linear.py) or the rules change: fitted files are refused then
 OPENING = 24  # words of the response that also count on their own
 
 
@@ -34,7 +34,7 @@ def words(text: str) -> list[str]:
 
 def blocks(exchange: Exchange) -> list[tuple[str, set[str]]]:
     """(namespace, features) of one exchange; the prompt is all user turns, and leaves no trace when it is empty."""
-    conversation, response = exchange[0], judged(exchange[1])
+    conversation, response = exchange
     prompt = words("\n".join(m["content"] for m in conversation if m["role"] == "user"))
     answer = words(response)
     kind = "refuses" if is_refusal(response) else "answers"

@@ -15,14 +15,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from resafe.errors import ResafeError
 from resafe.files import digest, file_digest
 from resafe.guards._base import Exchange, Verdict, unscored
-from resafe.guards.linear import LinearGuard
-from resafe.guards.rules import judged
+from resafe.guards.linear import LinearGuard, highest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[np.floating[Any]]
 
-FORMAT = "resafe-encoder-head-2"
+FORMAT = "resafe-encoder-head-3"
 HEAD = Path(__file__).parent.parent / "data" / "guard" / "encoder.safetensors"
 OWN = "resafe_head.safetensors"  # a head beside the encoder that it was fitted for
 SHARE = {"harm": 0.25, "refusal": 0.5}  # of the embeddings' log-odds in the mean
@@ -41,8 +41,8 @@ _END = re.compile(r"(?<=[.!?:]) (?=[^a-z])")
 
 
 def sentences(response: str) -> list[str]:
-    """The first OPENING and the last CLOSING sentences of the cleaned answer, each cut to WORDS words; at least one."""
-    text = " ".join(judged(response).split())
+    """The first OPENING and the last CLOSING sentences of an answer, each cut to WORDS words; at least one."""
+    text = " ".join(response.split())
     found = [" ".join(s.split()[:WORDS]) for s in _END.split(text) if re.search(r"\w", s)]
     return [*found[:OPENING], *found[OPENING:][-CLOSING:]] or [text[:200]]
 
@@ -122,6 +122,7 @@ class EncoderGuard:
     threshold: float = 0.5
     name: ClassVar[str] = "encoder"
     scale: ClassVar[tuple[float, float] | None] = None
+    reads_openings: ClassVar[bool] = True
 
     @classmethod
     def load(cls, folder: str | Path, offline: LinearGuard) -> EncoderGuard:
@@ -145,13 +146,12 @@ class EncoderGuard:
 
     def log_odds(self, exchanges: Sequence[Exchange]) -> dict[str, Array]:
         """Head -> weighted mean of both log-odds, shape [exchanges]. Harm is judged by the response alone."""
-        alone: list[Exchange] = [([], response) for _, response in exchanges]
-        both = self.encoder.features([*exchanges, *alone])  # every sentence is embedded once
-        found = {"refusal": both[: len(exchanges)], "harm": both[len(exchanges) :]}
-        return {
-            head: mixed(head, self.offline.log_odds(head, exchanges), found[head] @ w.astype("float64") + self.intercepts[head])
-            for head, w in self.weights.items()
-        }
+        return {head: highest(head, exchanges, partial(self._mixed, head)) for head in self.weights}
+
+    def _mixed(self, head: str, read: Sequence[Exchange]) -> Array:
+        found = self.encoder.features([([], response) for _, response in read] if head == "harm" else read)
+        own = found @ self.weights[head].astype("float64") + self.intercepts[head]
+        return mixed(head, self.offline.read_log_odds(head, read), own)
 
     def classify(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Verdicts with scores; an empty response is left unscored."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +19,7 @@ from resafe.errors import ResafeError
 from resafe.files import digest
 from resafe.guards import _features, _signals
 from resafe.guards._base import Exchange, Verdict, unscored, valid_score
+from resafe.guards._clean import clean, split
 from resafe.guards._logistic import logistic, sigmoid
 from resafe.guards.rules import judged
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 Labelled = tuple[Exchange, int | None, int | None]  # exchange, harm label, refusal label; None leaves a head out
 FORMAT = "resafe-linear-guard-2"
+TEXT = 12  # words from which what was taken out of a response is looked at as a text of its own
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class LinearGuard:
     signals: bool = False
     alone: bool = False
     scale: ClassVar[tuple[float, float] | None] = None
+    reads_openings: ClassVar[bool] = True  # a refusal is told by how an answer opens
 
     @classmethod
     def fit(
@@ -79,7 +82,7 @@ class LinearGuard:
             known = [i for i, v in enumerate(found) if v is not None]
             target = np.array([found[i] for i in known], dtype=np.float64)
             if len(set(target.tolist())) == 2:
-                table = _table([exchanges[i] for i in known], bits, signals and head == "refusal", alone)
+                table = _table(head, reading(head, [exchanges[i] for i in known]), bits, signals, alone)
                 exact, intercepts[head] = logistic(table, target, l2, balanced)
                 weights[head] = exact.astype(np.float16)  # what `save` keeps
         notes = {"rows": len(rows), "l2": l2, "balanced": balanced, "seed": seed}
@@ -103,9 +106,12 @@ class LinearGuard:
 
     def log_odds(self, head: str, exchanges: Sequence[Exchange]) -> Any:
         """The log-odds behind `scores`, shape [exchanges]."""
+        return highest(head, exchanges, lambda read: self.read_log_odds(head, read))
+
+    def read_log_odds(self, head: str, read: Sequence[Exchange]) -> Any:
+        """The log-odds of responses as `reading` left them, shape [read]."""
         self._known(head)
-        table = _table(exchanges, self.bits, self.signals and head == "refusal", self.alone)
-        return table @ self.weights[head].astype("float64") + self.intercepts[head]
+        return _table(head, read, self.bits, self.signals, self.alone) @ self.weights[head].astype("float64") + self.intercepts[head]
 
     def _known(self, head: str) -> None:
         if head not in self.weights:
@@ -162,14 +168,31 @@ class LinearGuard:
         return cls(weights, name=name or Path(path).stem, signals=bool(about["signals"]), **fields)
 
 
-def _table(exchanges: Sequence[Exchange], bits: int, signals: bool, alone: bool) -> Any:
-    """Hashed words, followed by the signals of the cleaned response where they are asked for: a scipy CSR matrix."""
-    words = _features.matrix([([], response) for _, response in exchanges] if alone else exchanges, bits)
-    if not signals:
+def reading(head: str, exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """What a head reads of the responses. A refusal behind something is one, and makes that no less harmful."""
+    read = judged if head == "refusal" else clean
+    return [(conversation, read(response)) for conversation, response in exchanges]
+
+
+def highest(head: str, exchanges: Sequence[Exchange], log_odds: Callable[[list[Exchange]], Any]) -> Any:
+    """`log_odds` of what the head reads, shape [exchanges]; of harm also of what was taken out, where that is a text: the higher one."""
+    import numpy as np
+
+    out = np.array(log_odds(reading(head, exchanges)), dtype=float)
+    taken = [split(response)[1] if head == "harm" else "" for _, response in exchanges]
+    if texts := [i for i, text in enumerate(taken) if len(text.split()) >= TEXT]:
+        out[texts] = np.maximum(out[texts], log_odds([(exchanges[i][0], taken[i]) for i in texts]))
+    return out
+
+
+def _table(head: str, read: Sequence[Exchange], bits: int, signals: bool, alone: bool) -> Any:
+    """Hashed words, for the refusal head followed by the signals where they are asked for: a scipy CSR matrix."""
+    words = _features.matrix([([], response) for _, response in read] if alone else read, bits)
+    if not signals or head != "refusal":
         return words
     from scipy.sparse import csr_matrix, hstack
 
-    return hstack([words, csr_matrix([_signals.signals(judged(response), _asked(conversation)) for conversation, response in exchanges])], format="csr")
+    return hstack([words, csr_matrix([_signals.signals(response, _asked(conversation)) for conversation, response in read])], format="csr")
 
 
 def _asked(conversation: Sequence[Message]) -> str:

@@ -73,6 +73,20 @@ def test_a_begun_answer_is_judged_with_its_beginning_and_refused_by_what_follows
     assert rate(found, "mine+prefill", "nonrefusal_rate", "rules") == (1.0, 1)
 
 
+def test_a_guard_that_looks_at_openings_sees_a_refusal_behind_a_beginning(make_suite: Make, tmp_path: Path) -> None:
+    class Refuses(Recording):
+        def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+            yield from ((i, Answer("" if r.messages[0]["content"] == "q1" else REFUSAL, 5, True)) for i, r in enumerate(requests))
+
+    for store in (None, tmp_path / "store", tmp_path / "store"):
+        found = evaluate([Refuses()], [make_suite(n=2)], judges=["offline", "encoder"], variants=["prefill"], store=store)
+        for judge in ("rules", "offline", "encoder"):
+            row = found.row("m", "mine+prefill", "nonrefusal_rate", judge)
+            assert row is not None and (row["value"], row["n_scored"]) == (0.0, 1)  # nothing was said the second time
+        harm = found.row("m", "mine+prefill", "harmfulness_rate", "offline")
+        assert harm is not None and harm["value"] == 0.0
+
+
 def test_the_suites_own_opening_goes_before_the_variants(make_suite: Make) -> None:
     [variant] = load_variants(["prefill"])
     cases = varied(load_suite("jailbreakbench", limit=3), variant).cases
