@@ -273,3 +273,10 @@ def test_missing_verdicts_that_could_undo_it_leave_a_margin_unclear() -> None:
     cell, column = Cell({"metric": "utility"}, change), Column("old utility", "s", "utility", "lab", "higher")
     assert kept(cell, column) == "2 points against unmitigated: unclear"
     assert kept(Cell({"metric": "utility"}, {**change, "bound_low": -0.015}), column) == "kept within 2 points of unmitigated"
+
+
+def test_green_takes_the_adjusted_test_and_red_the_interval_alone(tmp_path: Path) -> None:
+    """Harm 12 of 40 unmitigated: 6 fewer is p 0.031 on its own and 0.094 among three; 6 more is red all the same; 12 fewer is green."""
+    page = html(study({("a", "none"): (0.3, 1, 1), ("a", "some"): (0.15, 1, 1), ("a", "more"): (0.45, 1, 1), ("a", "all"): (0.0, 1, 1)}), tmp_path)
+    found = {change: colour for colour, change in re.findall(r'class="delta (\w*)">Δ ([^ ]+) \[', page)}
+    assert (found["−15.0"], found["+15.0"], found["−30.0"]) == ("", "bad", "good")
