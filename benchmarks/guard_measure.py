@@ -17,9 +17,9 @@ from guard_fit import THRESHOLDS, Features, Sources, fit_offline, harm_head, ref
 from scipy.special import expit
 
 from resafe.eval.stats import cohen_kappa, kappa_interval, mcnemar_exact, paired_difference, wilson
+from resafe.guards._behind import judged as cut
 from resafe.guards.encoder import mixed
 from resafe.guards.rules import is_refusal, keyword_qi
-from resafe.guards.rules import judged as cut
 
 FOLDS, BINS = 5, 10
 TRIED = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)  # thresholds of harm in the table of what they cost

@@ -152,8 +152,8 @@ def changed(sources: Any) -> dict[str, Any]:
 
     from guard_measure import rate
 
+    from resafe.guards._behind import judged
     from resafe.guards._clean import clean
-    from resafe.guards.rules import judged
 
     texts = [r.exchange[1] for r in sources.everything()]
     visible, cleaned = ["".join(c for c in t if unicodedata.category(c) != "Cf") for t in texts], [clean(t) for t in texts]

@@ -214,7 +214,7 @@ def _coherence(suite: Suite, case: Case, answer: Answer) -> Verdict:
 IFEVAL = ("resafe.eval.ifeval", "resafe.eval.ifeval.checkers", "resafe.eval.ifeval.text", "langdetect")
 LAB = ("resafe.lab.suites", "resafe.lab.grammar", "resafe.guards.rules")
 RULES: dict[str, tuple[Callable[[Suite, Case, Answer], Verdict], tuple[str, ...]]] = {  # with the modules that decide
-    "rules": (_rules, ("resafe.guards.rules", "resafe.guards._clean")),
+    "rules": (_rules, ("resafe.guards.rules", "resafe.guards._behind", "resafe.guards._clean")),
     "keyword_qi": (_keyword_qi, ("resafe.guards.rules",)),
     "lab": (_lab, LAB),
     "exact_number": (_exact_number, ("resafe.eval.checks",)),

@@ -19,9 +19,9 @@ from resafe.errors import ResafeError
 from resafe.files import digest
 from resafe.guards import _features, _signals
 from resafe.guards._base import Exchange, Verdict, unscored, valid_score
+from resafe.guards._behind import judged
 from resafe.guards._clean import clean, split
 from resafe.guards._logistic import logistic, sigmoid
-from resafe.guards.rules import judged
 
 if TYPE_CHECKING:
     from resafe.guards._features import Weights

@@ -10,9 +10,10 @@ from resafe.eval.judges import get_judge
 from resafe.eval.suite import Case, Suite
 from resafe.generate import Answer
 from resafe.guards import Verdict, load_guard
+from resafe.guards._behind import judged
 from resafe.guards._clean import clean
 from resafe.guards.linear import LinearGuard
-from resafe.guards.rules import is_refusal, judged
+from resafe.guards.rules import is_refusal
 
 HERE = Path(__file__).parent
 CORPUS = yaml.safe_load((HERE / "injections.yaml").read_text(encoding="utf-8"))
