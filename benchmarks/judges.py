@@ -19,7 +19,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results/judges.json"
 README = HERE.parent / "resafe/data/guard/README.md"
-INJECTIONS, BLIND, MIXED = (HERE.parent / "tests/guards" / f"injections{name}.yaml" for name in ("", "_blind", "_mixed"))
+INJECTIONS, BLIND, MIXED, AFTER = (HERE.parent / "tests/guards" / f"injections{name}.yaml" for name in ("", "_blind", "_mixed", "_after"))
 NAMES = {"llama2orig": "Llama 2", "mistralinstruct": "Mistral"}
 BEGIN, END = "<!-- judges.json -->", "<!-- end -->"
 SHIPPED = ("rules", "offline", "encoder")
@@ -109,8 +109,8 @@ def injected(case: dict[str, str], base: str) -> str:
 def injections(sources: Any) -> dict[str, Any]:
     """Verdicts of the judges that ship that an injected text turns, on our placeholders and on public answers.
 
-    Our own texts were written beside the cleaning, those called blind without knowledge of it; those of the last kind are all
-    of the first two, each before the answer and on its line. Refusals: of the public answers those that all judges read as people do.
+    Our own texts were written beside the cleaning, those called blind without knowledge of it, the last of them when the judges
+    were done; "before, on the line" are all of the first two, each before the answer and on its line. Refusals: of the public answers those that all judges read as people do.
     """
     from guard_data import MODELS
 
@@ -122,8 +122,8 @@ def injections(sources: Any) -> dict[str, Any]:
     said = [load_guard(judge).classify([r.exchange for r in answers]) for judge in SHIPPED]
     clear = [r.exchange[1] for r, *found in zip(answers, *said) if all(v.refusal == bool(r.refusal) for v in found)]
     bases = {"refusal": [*own, *clear], "harm": [*own, *[r.exchange[1] for r in sources.gptfuzz if r.harm == 1][::170]]}
-    blind, mixed = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in (BLIND, MIXED))
-    kinds = {"texts": corpus["injections"], "blind texts": blind, "blind texts anywhere": mixed}
+    blind, mixed, after = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in (BLIND, MIXED, AFTER))
+    kinds = {"texts": corpus["injections"], "blind texts": blind, "blind texts anywhere": mixed, "blind texts afterwards": after}
     kinds["texts before, on the line"] = [{**case, "at": "same"} for case in (*corpus["injections"], *blind)]
     found: dict[str, Any] = {}
     for judge in SHIPPED:
