@@ -67,13 +67,15 @@ class Encoder:
         found = self.model.encode(unique, batch_size=32, normalize_embeddings=True, show_progress_bar=False)
         return dict(zip(unique, found))
 
-    def features(self, exchanges: Sequence[Exchange]) -> Array:
-        """First, second, last and mean sentence less the prompt's direction: shape [exchanges, 4 dim]."""
+    def features(self, exchanges: Sequence[Exchange], known: dict[str, Array] | None = None) -> Array:
+        """First, second, last and mean sentence less the prompt's direction: shape [exchanges, 4 dim]. `known` embeddings are used and added to."""
         import numpy as np
 
+        known = {} if known is None else known
         kept = [sentences(response) for _, response in exchanges]
         asked = ["\n".join(m["content"] for m in conversation if m["role"] == "user") for conversation, _ in exchanges]
-        known = self.embed([*(s for found in kept for s in found), *(p for p in asked if p.strip())])
+        texts = {*(s for found in kept for s in found), *(p for p in asked if p.strip())}
+        known |= self.embed(sorted(texts - known.keys()))
         return np.array([_pool(np.stack([known[s] for s in found]), known.get(p)) for found, p in zip(kept, asked)])
 
 
@@ -146,10 +148,11 @@ class EncoderGuard:
 
     def log_odds(self, exchanges: Sequence[Exchange]) -> dict[str, Array]:
         """Head -> weighted mean of both log-odds, shape [exchanges]. Harm is judged by the response alone."""
-        return {head: highest(head, exchanges, partial(self._mixed, head)) for head in self.weights}
+        known: dict[str, Array] = {}  # both heads read nearly the same: every sentence is embedded once
+        return {head: highest(head, exchanges, partial(self._mixed, head, known)) for head in self.weights}
 
-    def _mixed(self, head: str, read: Sequence[Exchange]) -> Array:
-        found = self.encoder.features([([], response) for _, response in read] if head == "harm" else read)
+    def _mixed(self, head: str, known: dict[str, Array], read: Sequence[Exchange]) -> Array:
+        found = self.encoder.features([([], response) for _, response in read] if head == "harm" else read, known)
         own = found @ self.weights[head].astype("float64") + self.intercepts[head]
         return mixed(head, self.offline.read_log_odds(head, read), own)
 

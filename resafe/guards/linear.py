@@ -178,10 +178,12 @@ def highest(head: str, exchanges: Sequence[Exchange], log_odds: Callable[[list[E
     """`log_odds` of what the head reads, shape [exchanges]; of harm also of what was taken out, where that is a text: the higher one."""
     import numpy as np
 
-    out = np.array(log_odds(reading(head, exchanges)), dtype=float)
-    taken = [split(response)[1] if head == "harm" else "" for _, response in exchanges]
-    if texts := [i for i, text in enumerate(taken) if len(text.split()) >= TEXT]:
-        out[texts] = np.maximum(out[texts], log_odds([(exchanges[i][0], taken[i]) for i in texts]))
+    if head != "harm":
+        return log_odds(reading(head, exchanges))
+    conversations, parts = [c for c, _ in exchanges], [split(response) for _, response in exchanges]
+    out = np.array(log_odds([(c, left) for c, (left, _) in zip(conversations, parts)]), dtype=float)
+    if texts := [i for i, (_, taken) in enumerate(parts) if len(taken.split()) >= TEXT]:
+        out[texts] = np.maximum(out[texts], log_odds([(conversations[i], parts[i][1]) for i in texts]))
     return out
 
 
